@@ -1,0 +1,1 @@
+"""Plotly figures: functions take data, return a Figure, and never show it."""

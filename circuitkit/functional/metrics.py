@@ -1,0 +1,115 @@
+"""How well the behaviour is done: one number per example from the logits at its answer positions. Bigger is better.
+
+Each formula is per answer position, then averaged over the positions of the example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from circuitkit.errors import MetricError
+from circuitkit.registry import Registry
+from circuitkit.shapes import Logits, PerExample
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named function ``(logits at the answer positions, batch) -> one number per example``.
+
+    Args:
+        name: the name that users type.
+        function: the formula.
+        needs: fields of the batch that it reads: ``right``, ``wrong``, ``target``, ``reference``.
+        differentiable: False if its gradient is zero almost everywhere.
+    """
+
+    name: str
+    function: Callable[[Logits, Any], PerExample]
+    needs: tuple[str, ...] = ("right",)
+    differentiable: bool = True
+
+    def __call__(self, logits: Logits, batch: Any) -> PerExample:
+        """One finite number per example.
+
+        Raises:
+            MetricError: if the function returns another shape, or a value that is not finite.
+        """
+        values = self.function(logits, batch)
+        if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise MetricError(
+                f"metric {self.name!r} returned {got}, expected one number per example: ({len(logits)},). "
+                "Do not average over the batch."
+            )
+        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+        if bad:
+            raise MetricError(f"metric {self.name!r} is not finite on examples {bad[:8]}; check the model's logits")
+        return values
+
+
+METRICS: Registry[Metric] = Registry("metric")
+
+
+def metric(
+    name: str, *, needs: tuple[str, ...] = ("right",), differentiable: bool = True
+) -> Callable[[Callable[[Logits, Any], PerExample]], Callable[[Logits, Any], PerExample]]:
+    """Register a metric under the name that users type."""
+
+    def register(function: Callable[[Logits, Any], PerExample]) -> Callable[[Logits, Any], PerExample]:
+        METRICS.add(name)(Metric(name, function, needs, differentiable))
+        return function
+
+    return register
+
+
+def _gather(values: Logits, ids: Int[Tensor, "batch answer k"], unused: float) -> Tensor:
+    """Values at token ids; slots marked -1 get ``unused``."""
+    return values.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, unused)
+
+
+def _mean_of_slots(values: Logits, ids: Int[Tensor, "batch answer k"]) -> Tensor:
+    return _gather(values, ids, 0.0).sum(-1) / (ids >= 0).sum(-1).clamp(min=1)
+
+
+@metric("logit-diff", needs=("right", "wrong"))
+def logit_diff(logits: Logits, batch: Any) -> PerExample:
+    """Mean logit of the right tokens minus mean logit of the wrong ones."""
+    return (_mean_of_slots(logits, batch.right) - _mean_of_slots(logits, batch.wrong)).mean(-1)
+
+
+@metric("prob-diff", needs=("right", "wrong"))
+def prob_diff(logits: Logits, batch: Any) -> PerExample:
+    """Probability of the set of right tokens minus that of the set of wrong ones (Hanna et al. 2023)."""
+    p = logits.softmax(-1)
+    return (_gather(p, batch.right, 0.0).sum(-1) - _gather(p, batch.wrong, 0.0).sum(-1)).mean(-1)
+
+
+@metric("kl", needs=("reference",))
+def kl(logits: Logits, batch: Any) -> PerExample:
+    """Minus the divergence KL(clean run || this run), summed over the vocabulary, in nats."""
+    reference, current = batch.reference.log_softmax(-1), logits.log_softmax(-1)
+    return -(reference.exp() * (reference - current)).sum(-1).mean(-1)
+
+
+@metric("cross-entropy")
+def cross_entropy(logits: Logits, batch: Any) -> PerExample:
+    """Log probability of the set of right tokens, in nats (minus the usual loss)."""
+    return _gather(logits.log_softmax(-1), batch.right, -torch.inf).logsumexp(-1).mean(-1)
+
+
+@metric("accuracy", differentiable=False)
+def accuracy(logits: Logits, batch: Any) -> PerExample:
+    """Share of answer positions whose highest logit is a right token."""
+    return (logits.argmax(-1, keepdim=True) == batch.right).any(-1).to(logits.dtype).mean(-1)
+
+
+@metric("squared-error", needs=("target",))
+def squared_error(logits: Logits, batch: Any) -> PerExample:
+    """Minus the squared distance of the outputs to the target numbers."""
+    return -(logits - batch.target).square().sum(-1).mean(-1)

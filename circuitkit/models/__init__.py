@@ -1,0 +1,1 @@
+"""Trained networks, wired: what writes, what reads, and how to record, edit and replay them."""

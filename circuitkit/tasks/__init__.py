@@ -1,0 +1,1 @@
+"""Behaviours: pairs of inputs, right and wrong answers, and a metric."""

@@ -1,0 +1,121 @@
+"""A behaviour as data: `Batch` (pairs of inputs and their answers), `Task` (batches and a metric), and the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuitkit.functional.metrics import METRICS, Metric
+from circuitkit.registry import Registry
+from circuitkit.shapes import Logits, Tokens
+
+
+class Vocabulary(Protocol):
+    """What a task needs to know of a model."""
+
+    name: str
+    d_vocab: int
+    n_ctx: int
+    tokenizer: Any
+    card: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Aligned pairs of inputs, padded on the right, and where and how the answer is read.
+
+    Args:
+        clean: inputs that show the behaviour.
+        corrupt: inputs of the same lengths that do not.
+        lengths: real tokens in each row; what follows is padding.
+        positions: where the answer is read.
+        right: token ids counted as right at each position; -1 marks an unused slot.
+        wrong: token ids counted as wrong; -1 marks an unused slot; no column for metrics that need none.
+        target: numbers that a numerical output should equal, or None.
+        reference: logits of the clean run at the positions, filled in for metrics that compare with it.
+    """
+
+    clean: Tokens
+    corrupt: Tokens
+    lengths: Int[Tensor, "batch"]
+    positions: Int[Tensor, "batch answer"]
+    right: Int[Tensor, "batch answer k"]
+    wrong: Int[Tensor, "batch answer j"]
+    target: Float[Tensor, "batch answer vocab"] | None = None
+    reference: Logits | None = None
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def rows(self, index: Tensor | slice) -> Batch:
+        """The examples chosen by an index, as a batch."""
+        parts = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **parts)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device."""
+        parts = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A named behaviour.
+
+    Args:
+        name: the registered name, or the user's own.
+        batches: examples grouped by length where a model needs it, else one batch.
+        metric: one number per example; bigger means the behaviour is done better.
+        known: names of the edges of the known circuit, or None.
+    """
+
+    name: str
+    batches: tuple[Batch, ...]
+    metric: Metric
+    known: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+    def __repr__(self) -> str:
+        return f"Task({self.name}, {len(self)} pairs, {self.metric.name})"
+
+    def with_metric(self, metric: str) -> Task:
+        """The same pairs judged by another metric."""
+        return replace(self, metric=METRICS[metric])
+
+    @classmethod
+    def from_tokens(cls, clean: Tokens, corrupt: Tokens, right: Tensor, wrong: Tensor | None = None, **options: Any) -> Task:
+        """See `circuitkit.tasks.own.from_tokens`."""
+        from circuitkit.tasks.own import from_tokens
+
+        return from_tokens(clean, corrupt, right, wrong, **options)
+
+    @classmethod
+    def from_pairs(
+        cls, model: Vocabulary, clean: Sequence[str], corrupt: Sequence[str], right: Any, wrong: Any = None, **options: Any
+    ) -> Task:
+        """See `circuitkit.tasks.own.from_pairs`."""
+        from circuitkit.tasks.own import from_pairs
+
+        return from_pairs(model, clean, corrupt, right, wrong, **options)
+
+    @classmethod
+    def from_csv(cls, model: Vocabulary, path: str, **options: Any) -> Task:
+        """See `circuitkit.tasks.own.from_csv`."""
+        from circuitkit.tasks.own import from_csv
+
+        return from_csv(model, path, **options)
+
+
+TASKS: Registry[Callable[..., Task]] = Registry("task", "circuitkit.tasks")
+
+
+def task(name: str) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
+    """Register a factory ``(model, *, n, seed, ...) -> Task`` under the name that users type."""
+    return TASKS.add(name)

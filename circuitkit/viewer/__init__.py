@@ -1,0 +1,1 @@
+"""A circuit as one self-contained page."""
