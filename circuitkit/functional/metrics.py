@@ -1,6 +1,7 @@
 """How well the behaviour is done: one number per example from the logits at its answer positions. Bigger is better.
 
-Each formula is per answer position, then averaged over the positions of the example.
+Each formula is per answer position, then averaged over the positions of the example. All of it is computed in float32
+or better, whatever the dtype of the logits: a log-softmax in bfloat16 has two digits.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ class Metric:
         """One finite number per example.
 
         Raises:
-            MetricError: if the function returns another shape, or a value that is not finite.
+            MetricError: if the batch lacks what the metric reads, or the function returns another shape, or a value
+                that is not finite.
         """
+        self._check_batch(logits, batch)
         values = self.function(logits, batch)
         if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -51,6 +54,22 @@ class Metric:
         if bad:
             raise MetricError(f"metric {self.name!r} is not finite on examples {bad[:8]}; check the model's logits")
         return values
+
+    def _check_batch(self, logits: Logits, batch: Any) -> None:
+        # Unchecked, a wrong shape would broadcast to a plausible number, and on a GPU a wrong id ends the process.
+        for name in self.needs:
+            value = getattr(batch, name, None)
+            if value is None:
+                raise MetricError(f"metric {self.name!r} needs batch.{name}, and there is none")
+            per_class = name in ("target", "reference")
+            size = logits.shape if per_class else logits.shape[:2]
+            if value.shape[: len(size)] != size:
+                raise MetricError(
+                    f"metric {self.name!r}: batch.{name} is {tuple(value.shape)}, the logits {tuple(logits.shape)}; "
+                    "expected the same examples and answer positions"
+                )
+            if not per_class and value.numel() and int(value.max()) >= logits.shape[-1]:
+                raise MetricError(f"batch.{name} has id {int(value.max())}, the model only {logits.shape[-1]} outputs")
 
 
 METRICS: Registry[Metric] = Registry("metric")
@@ -68,6 +87,10 @@ def metric(
     return register
 
 
+def _precise(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def _gather(values: Logits, ids: Int[Tensor, "batch answer k"], unused: float) -> Tensor:
     """Values at token ids; slots marked -1 get ``unused``."""
     return values.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, unused)
@@ -80,36 +103,41 @@ def _mean_of_slots(values: Logits, ids: Int[Tensor, "batch answer k"]) -> Tensor
 @metric("logit-diff", needs=("right", "wrong"))
 def logit_diff(logits: Logits, batch: Any) -> PerExample:
     """Mean logit of the right tokens minus mean logit of the wrong ones."""
-    return (_mean_of_slots(logits, batch.right) - _mean_of_slots(logits, batch.wrong)).mean(-1)
+    values = _precise(logits)
+    return (_mean_of_slots(values, batch.right) - _mean_of_slots(values, batch.wrong)).mean(-1)
 
 
 @metric("prob-diff", needs=("right", "wrong"))
 def prob_diff(logits: Logits, batch: Any) -> PerExample:
     """Probability of the set of right tokens minus that of the set of wrong ones (Hanna et al. 2023)."""
-    p = logits.softmax(-1)
+    p = _precise(logits).softmax(-1)
     return (_gather(p, batch.right, 0.0).sum(-1) - _gather(p, batch.wrong, 0.0).sum(-1)).mean(-1)
 
 
 @metric("kl", needs=("reference",))
 def kl(logits: Logits, batch: Any) -> PerExample:
     """Minus the divergence KL(clean run || this run), summed over the vocabulary, in nats."""
-    reference, current = batch.reference.log_softmax(-1), logits.log_softmax(-1)
-    return -(reference.exp() * (reference - current)).sum(-1).mean(-1)
+    reference, current = _precise(batch.reference).log_softmax(-1), _precise(logits).log_softmax(-1)
+    # A class that both runs rule out (logit -inf) adds 0, not 0 * (inf - inf).
+    per_class = (reference.exp() * (reference - current)).masked_fill(reference == -torch.inf, 0.0)
+    return -per_class.sum(-1).mean(-1)
 
 
 @metric("cross-entropy")
 def cross_entropy(logits: Logits, batch: Any) -> PerExample:
     """Log probability of the set of right tokens, in nats (minus the usual loss)."""
-    return _gather(logits.log_softmax(-1), batch.right, -torch.inf).logsumexp(-1).mean(-1)
+    return _gather(_precise(logits).log_softmax(-1), batch.right, -torch.inf).logsumexp(-1).mean(-1)
 
 
 @metric("accuracy", differentiable=False)
 def accuracy(logits: Logits, batch: Any) -> PerExample:
     """Share of answer positions whose highest logit is a right token."""
-    return (logits.argmax(-1, keepdim=True) == batch.right).any(-1).to(logits.dtype).mean(-1)
+    hit = _precise((logits.argmax(-1, keepdim=True) == batch.right).any(-1))
+    # argmax picks a NaN, which would count as a plain miss.
+    return hit.masked_fill(logits.isnan().any(-1), torch.nan).mean(-1)
 
 
 @metric("squared-error", needs=("target",))
 def squared_error(logits: Logits, batch: Any) -> PerExample:
     """Minus the squared distance of the outputs to the target numbers."""
-    return -(logits - batch.target).square().sum(-1).mean(-1)
+    return -(_precise(logits) - _precise(batch.target)).square().sum(-1).mean(-1)

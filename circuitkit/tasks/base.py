@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuitkit.errors import OptionError
 from circuitkit.functional.metrics import METRICS, Metric
 from circuitkit.registry import Registry
 from circuitkit.shapes import Logits, Tokens
@@ -86,7 +88,16 @@ class Task:
         return f"Task({self.name}, {len(self)} pairs, {self.metric.name})"
 
     def with_metric(self, metric: str) -> Task:
-        """The same pairs judged by another metric."""
+        """The same pairs judged by another metric.
+
+        Raises:
+            UnknownName: if no metric has that name.
+            TaskError: if the metric needs answers or targets that the pairs do not have.
+        """
+        from circuitkit.tasks.rows import check_needs
+
+        for batch in self.batches:
+            check_needs(METRICS[metric], batch)
         return replace(self, metric=METRICS[metric])
 
     @classmethod
@@ -119,3 +130,27 @@ TASKS: Registry[Callable[..., Task]] = Registry("task", "circuitkit.tasks")
 def task(name: str) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
     """Register a factory ``(model, *, n, seed, ...) -> Task`` under the name that users type."""
     return TASKS.add(name)
+
+
+def make(name: str, model: Vocabulary, *, n: int = 64, seed: int = 0, **options: Any) -> Task:
+    """The task of that name, made for one model.
+
+    Args:
+        name: a registered name.
+        model: whose tokenizer, vocabulary and context the inputs must fit.
+        n: how many pairs.
+        seed: seed of the generator that draws them.
+        options: the task's own options.
+
+    Raises:
+        UnknownName: if no task has that name.
+        OptionError: if the task has no such option, or n is not positive.
+    """
+    factory = TASKS[name]
+    if n < 1:
+        raise OptionError(f"got n = {n}, expected at least one pair")
+    parameters = inspect.signature(factory).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("n", "seed")]
+    if unknown := sorted(set(options) - set(known)):
+        raise OptionError(f"task {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}")
+    return factory(model, n=n, seed=seed, **options)

@@ -1,0 +1,74 @@
+"""circuitkit: from a trained network and a behaviour to a verified circuit.
+
+Names are loaded on first use, so that ``import circuitkit`` costs milliseconds and imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from circuitkit.circuit import Circuit, Result, Scores
+    from circuitkit.errors import CircuitKitError
+    from circuitkit.evaluation.faithfulness import evaluate
+    from circuitkit.exporters.base import export
+    from circuitkit.graph import Graph
+    from circuitkit.methods.activation_patching import activation_patching
+    from circuitkit.methods.base import score
+    from circuitkit.models.base import Model, load
+    from circuitkit.runs.pipeline import find
+    from circuitkit.tasks.base import Batch, Task
+    from circuitkit.tasks.base import make as task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Circuit",
+    "CircuitKitError",
+    "Graph",
+    "Model",
+    "Result",
+    "Scores",
+    "Task",
+    "__version__",
+    "activation_patching",
+    "evaluate",
+    "export",
+    "find",
+    "load",
+    "score",
+    "task",
+]
+
+_HOMES = {
+    "Batch": "circuitkit.tasks.base",
+    "Circuit": "circuitkit.circuit",
+    "CircuitKitError": "circuitkit.errors",
+    "Graph": "circuitkit.graph",
+    "Model": "circuitkit.models.base",
+    "Result": "circuitkit.circuit",
+    "Scores": "circuitkit.circuit",
+    "Task": "circuitkit.tasks.base",
+    "activation_patching": "circuitkit.methods.activation_patching",
+    "evaluate": "circuitkit.evaluation.faithfulness",
+    "export": "circuitkit.exporters.base",
+    "find": "circuitkit.runs.pipeline",
+    "load": "circuitkit.models.base",
+    "score": "circuitkit.methods.base",
+    "task": "circuitkit.tasks.base:make",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'circuitkit' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

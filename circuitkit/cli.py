@@ -1,0 +1,294 @@
+"""The command line: parse, call the public function, say what was written.
+
+torch takes seconds to import, so everything that needs it is imported inside the command that does.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from circuitkit.errors import CircuitKitError
+
+USER_ERROR, STOPPED = 2, 130
+
+app = typer.Typer(
+    name="circuitkit",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+BatchSize = Annotated[str, typer.Option(help="Examples at a time: a number, or auto.")]
+Budget = Annotated[str | None, typer.Option(help="Memory that activations may take, such as 4GiB.")]
+Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
+Seed = Annotated[int, typer.Option(help="Seed of the task, the random circuits and the bootstrap.")]
+ModelName = Annotated[
+    str, typer.Argument(help="A name from [bold]circuitkit list models[/], a local folder or a hub id.")
+]
+TaskName = Annotated[str, typer.Argument(help="A name from [bold]circuitkit list tasks[/].")]
+Method = Annotated[str, typer.Option(help="A name from [bold]circuitkit list methods[/].")]
+Pairs = Annotated[int, typer.Option("--n", min=1, help="How many pairs the task draws.")]
+Edges = Annotated[int, typer.Option(min=1, help="How many edges the circuit may have.")]
+Selection = Annotated[
+    Literal["top", "grow"], typer.Option(help="Strongest connected edges, or best first from the logits.")
+]
+CircuitPath = Annotated[Path, typer.Argument(help="A circuit.json, or the run folder that holds it.")]
+
+# What is left over belongs to the method or the task, whose options are known only once they are loaded.
+OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from circuitkit import __version__
+
+        _out(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def circuitkit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """From a trained network and a behaviour to a verified circuit."""
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[Literal["models", "tasks", "methods", "formats"], typer.Argument(help="What to list.")],
+    options: Annotated[
+        bool, typer.Option("--options", help="Show what each takes on the command line.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """The names that the other commands take."""
+    from circuitkit.runs.catalogue import catalogue, option_lines
+    from circuitkit.runs.report import names_table
+
+    entries = catalogue(kind)
+    if as_json:
+        _json(
+            {kind: {name: {"line": e.line, "options": option_lines(e.thing)} for name, e in entries.items()}}
+        )
+        return
+    rows = []
+    for name, entry in entries.items():
+        rows.append((name, entry.line))
+        rows += [("", line) for line in option_lines(entry.thing)] if options else []
+    _out(names_table(rows, (kind.removesuffix("s"), "what it is")))
+
+
+@app.command("help")
+def help_on(name: Annotated[str, typer.Argument(help="A method or a task.")]) -> None:
+    """What a method or a task does, and its options."""
+    from circuitkit.runs.catalogue import option_lines, page
+
+    thing, text = page(name)
+    lines = option_lines(thing) or ["none of its own"]
+    _out(Text(text + "\n\nOptions\n" + "\n".join(f"  {line}" for line in lines)))
+
+
+@app.command(context_settings=OPEN)
+def find(
+    context: typer.Context,
+    model: ModelName,
+    task: TaskName,
+    method: Method = "eap-ig",
+    edges: Edges = 100,
+    selection: Selection = "top",
+    signed: Annotated[
+        bool, typer.Option("--signed", help="Rank by signed score instead of magnitude.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/MODEL-TASK-METHOD if not given.")] = None,
+    n: Pairs = 64,
+    seed: Seed = 0,
+    batch_size: BatchSize = "auto",
+    budget: Budget = None,
+    progress: Progress = True,
+    as_json: Json = False,
+) -> None:
+    """Score every edge, keep the best, measure what they do, and write a run folder.
+
+    Options of the method or the task follow, as in --steps 10; see them with [bold]circuitkit help METHOD[/].
+    """
+    from circuitkit.runs.options import read_batch_size
+    from circuitkit.runs.report import circuit_table
+    from circuitkit.runs.request import Request
+    from circuitkit.runs.store import check_target, load_run, write_run
+
+    request = Request.read(model, task, method, n, seed, context.args)
+    settings: dict[str, Any] = {
+        "batch_size": read_batch_size(batch_size),
+        "budget": budget,
+        "progress": progress,
+    }
+    folder = check_target(out or Path("runs", "-".join((Path(model).name, task, method))))
+    circuit = request.find(edges=edges, selection=selection, absolute=not signed, **settings)
+    write_run(folder, circuit)
+    if as_json:
+        run = load_run(folder)
+        _json({"run": str(folder), **run.manifest.model_dump(), "result": run.result})
+    else:
+        _out(circuit_table(circuit, folder))
+
+
+@app.command(context_settings=OPEN)
+def score(
+    context: typer.Context,
+    model: ModelName,
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    method: Method = "eap-ig",
+    n: Pairs = 64,
+    seed: Seed = 0,
+    batch_size: BatchSize = "auto",
+    budget: Budget = None,
+    progress: Progress = True,
+    as_json: Json = False,
+) -> None:
+    """Score every edge and write the scores only."""
+    from circuitkit.runs.options import read_batch_size
+    from circuitkit.runs.report import score_table
+    from circuitkit.runs.request import Request
+    from circuitkit.runs.store import check_file
+    from circuitkit.schema import jsonable
+
+    request = Request.read(model, task, method, n, seed, context.args)
+    settings: dict[str, Any] = {
+        "batch_size": read_batch_size(batch_size),
+        "budget": budget,
+        "progress": progress,
+    }
+    check_file(out)
+    scores = request.score(**settings)
+    scores.save(out)
+    if as_json:
+        _json({"scores": str(out), "method": scores.method, "options": jsonable(scores.options)})
+    else:
+        _out(score_table(scores))
+        _out(Text(f"{scores.graph.n_edges:,} scores in {out}"))
+
+
+@app.command("eval")
+def evaluate(
+    circuit: CircuitPath,
+    model: Annotated[str | None, typer.Option(help="Another model with the same graph.")] = None,
+    task: Annotated[str | None, typer.Option(help="Another task.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Another metric.")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="How many pairs the task draws.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed: new pairs, new random circuits.")] = None,
+    batch_size: BatchSize = "auto",
+    budget: Budget = None,
+    progress: Progress = True,
+    as_json: Json = False,
+) -> None:
+    """Measure a saved circuit again, on its own task or another."""
+    from circuitkit.runs.options import read_batch_size
+    from circuitkit.runs.report import result_table
+    from circuitkit.runs.request import evaluate_again
+    from circuitkit.runs.store import circuit_file
+    from circuitkit.schema import result_to_dict
+
+    settings: dict[str, Any] = {
+        "batch_size": read_batch_size(batch_size),
+        "budget": budget,
+        "progress": progress,
+    }
+    path = circuit_file(circuit)
+    result, note = evaluate_again(path, model=model, task=task, metric=metric, n=n, seed=seed, **settings)
+    if as_json:
+        _json({"circuit": str(path), "note": note, "result": result_to_dict(result)})
+    else:
+        _out(result_table(result, f"{path} on {result.task}"))
+        _out(Text(f"note: {note}" if note else "the same weights and the same pairs as when it was found"))
+
+
+@app.command()
+def export(
+    circuit: CircuitPath,
+    out: Annotated[Path, typer.Argument(help="The file to write; its suffix names the format.")],
+    format: Annotated[str | None, typer.Option(help="A name from [bold]circuitkit list formats[/].")] = None,
+) -> None:
+    """Write a circuit in another program's format."""
+    from circuitkit.circuit import Circuit
+    from circuitkit.exporters.base import export as export_circuit
+    from circuitkit.runs.store import circuit_file
+
+    export_circuit(Circuit.load(circuit_file(circuit)), out, format)
+    _out(Text(f"wrote {out}"))
+
+
+@app.command()
+def view(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
+) -> None:
+    """Say where the page of a run lies, and open it."""
+    from circuitkit.runs.store import page_of
+
+    page = page_of(run)
+    # Unwrapped and alone on its line, so that a terminal or a script can pick it up.
+    sys.stdout.write(f"{page}\n")
+    if open_page and sys.stdout.isatty():
+        import webbrowser
+
+        webbrowser.open(page.as_uri())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in typed
+    typed = [word for word in typed if word != "--debug"]
+    try:
+        if arguments is None:
+            # A terminated run unwinds like an interrupted one, so that its temporary folder goes.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        code = app(typed, prog_name="circuitkit", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return STOPPED
+    except Exception as error:
+        message = _in_one_line(error)
+        if debug or message is None:
+            raise
+        Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"circuitkit: {message}"))
+        return USER_ERROR
+
+
+def _in_one_line(error: Exception) -> str | None:
+    """The message of an error that a user can cause, or None for a fault of ours."""
+    if isinstance(error, CircuitKitError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file'}: {error.strerror or error}"
+    # typer's own usage errors, known by what they can do: the classes moved between its versions.
+    if hasattr(error, "format_message"):
+        return f"{error.format_message()} See: circuitkit --help"
+    return None
+
+
+def _out(what: Any) -> None:
+    Console(highlight=False).print(what)
+
+
+def _json(data: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

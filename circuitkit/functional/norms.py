@@ -1,0 +1,87 @@
+"""Layer and root-mean-square norms: forward, and the two linear maps that attribution needs.
+
+With y = weight * x_hat + bias, x_hat = (x - mean) / sigma (layer) or x / sigma (rms), and P removing the mean:
+
+    J^T g = (1 / sigma) * (P (weight * g) - x_hat * <x_hat, weight * g> / d)         pull a gradient back to x
+    part(a) = weight * P a / sigma                                                  what a adds to y at a given sigma
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A norm over the last axis, as data.
+
+    Args:
+        center: True for a layer norm, False for a root-mean-square norm.
+        eps: added to the variance.
+        weight: gain, or None.
+        bias: offset, or None.
+        unit_gain: True if the gain is 1 + weight (Gemma).
+
+    >>> norm = Norm(center=True, eps=0.0, weight=None, bias=None)
+    >>> norm(torch.tensor([1.0, 3.0]))
+    tensor([-1.,  1.])
+    """
+
+    center: bool
+    eps: float
+    weight: Float[Tensor, " d"] | None = None
+    bias: Float[Tensor, " d"] | None = None
+    unit_gain: bool = False
+
+    def __call__(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Normalise; statistics in float32 or better, as the models do."""
+        x_hat, _ = self.statistics(x)
+        y = self._scaled(x_hat)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.to(x.dtype)
+
+    def statistics(self, x: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch 1"]]:
+        """The normalised input x_hat and 1 / sigma."""
+        x = at_least_float32(x)
+        x = x - x.mean(-1, keepdim=True) if self.center else x
+        inverse_sigma = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return x * inverse_sigma, inverse_sigma
+
+    def pull_back(self, gradient: Float[Tensor, "*batch d"], x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """J^T g: the gradient with respect to x, given the gradient with respect to the norm's output.
+
+        >>> x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+        >>> norm = Norm(center=False, eps=1e-5, weight=torch.rand(8, dtype=torch.float64))
+        >>> expected = torch.autograd.grad(norm(x).square().sum(), x)[0]
+        >>> torch.allclose(norm.pull_back(2 * norm(x), x), expected)
+        True
+        """
+        x_hat, inverse_sigma = self.statistics(x)
+        g = self.fold(at_least_float32(gradient))
+        return inverse_sigma * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
+
+    def fold(self, gradient: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """P (weight * g): the part of the pull-back that does not depend on the run."""
+        g = self._scaled(gradient)
+        return g - g.mean(-1, keepdim=True) if self.center else g
+
+    def part(
+        self, addend: Float[Tensor, "*batch d"], inverse_sigma: Float[Tensor, "*batch 1"]
+    ) -> Float[Tensor, "*batch d"]:
+        """What an addend of the input contributes to the output, the run's own scale held: parts add up to the output."""
+        addend = addend - addend.mean(-1, keepdim=True) if self.center else addend
+        return self._scaled(addend * inverse_sigma)
+
+    def _scaled(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        if self.weight is None:
+            return x
+        return x * (self.weight.to(x.dtype) + float(self.unit_gain))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32, or as it is if it is wider."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,71 @@
+"""Running moments over examples, and bootstrap intervals."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class Moments:
+    """Mean and standard error of tensors that arrive in chunks of examples, in float64 (Chan et al. 1983).
+
+    >>> moments = Moments()
+    >>> moments.add(torch.tensor([[1.0], [2.0]])); moments.add(torch.tensor([[6.0]]))
+    >>> moments.mean.item(), round(moments.stderr.item(), 4), moments.n
+    (3.0, 1.5275, 3)
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.mean = torch.zeros((), dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: Float[Tensor, "batch *rest"]) -> None:
+        """Take in a chunk; the first axis counts examples."""
+        values = values.double()
+        n, mean = len(values), values.mean(0)
+        gap, total = mean - self.mean.to(mean.device), self.n + n
+        self._squares = (
+            self._squares.to(mean.device) + (values - mean).square().sum(0) + gap.square() * (self.n * n / total)
+        )
+        self.mean, self.n = self.mean.to(mean.device) + gap * (n / total), total
+
+    @property
+    def stderr(self) -> Float[Tensor, "*rest"]:
+        """Standard error of the mean; zero for a single example."""
+        return (self._squares / max(self.n - 1, 1) / max(self.n, 1)).sqrt()
+
+
+def bootstrap_ratio(
+    top: Float[Tensor, " batch"], bottom: Float[Tensor, " batch"], *, seed: int, resamples: int = 1000
+) -> tuple[float, float]:
+    """95 % percentile interval of mean(top) / mean(bottom) under resampling of the examples."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(top), (resamples, len(top)), generator=generator)
+    ratios = top.double().cpu()[index].mean(1) / bottom.double().cpu()[index].mean(1)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def auroc(values: Float[Tensor, " item"], positive: Bool[Tensor, " item"]) -> float | None:
+    """Chance that a random positive item is above a random negative one, ties counting half; None if one side is empty.
+
+    >>> auroc(torch.tensor([3.0, 1.0, 1.0]), torch.tensor([True, True, False]))
+    0.75
+    """
+    ups, downs = values[positive].double(), values[~positive].double().sort().values
+    if len(ups) == 0 or len(downs) == 0:
+        return None
+    below = torch.searchsorted(downs, ups, right=False)
+    through = torch.searchsorted(downs, ups, right=True)
+    return float((below + through).double().mean() / 2 / len(downs))
+
+
+def trapezoid(y: list[float], x: list[float]) -> float:
+    """Area under straight lines through the points.
+
+    >>> trapezoid([0.0, 1.0], [0.0, 2.0])
+    1.0
+    """
+    return sum((b - a) * (u + v) / 2 for a, b, u, v in zip(x, x[1:], y, y[1:], strict=False))

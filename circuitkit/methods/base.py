@@ -1,0 +1,239 @@
+"""What all methods share: the registry, `Plan` (how the work is cut to fit memory), and `score`."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from circuitkit.circuit import Scores
+from circuitkit.errors import MetricError, OptionError, TaskError
+from circuitkit.functional.ablation import check_corrupt_value, task_mean
+from circuitkit.functional.stats import Moments
+from circuitkit.models.hooked import Model, Run, quiet
+from circuitkit.registry import Registry
+from circuitkit.tasks.base import Batch, Task
+
+
+class Method(Protocol):
+    """``(model, task, *, plan, <options>) -> Scores``; keyword-only arguments are the options a user can set."""
+
+    def __call__(self, model: Model, task: Task, *, plan: Plan, **options: Any) -> Scores: ...
+
+
+METHODS: Registry[Method] = Registry("method", "circuitkit.methods")
+
+
+def method(name: str) -> Callable[[Any], Any]:
+    """Register a method under the name that users type."""
+    return METHODS.add(name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is cut: never more rows at once than the batch size and the memory budget allow.
+
+    Args:
+        batch_size: most examples at once, or ``"auto"``.
+        budget: bytes that one chunk's activations may take, or None for a default by device.
+        progress: whether to show a bar for work that takes more than two seconds.
+        seed: for whatever is drawn at random.
+    """
+
+    batch_size: int | str = "auto"
+    budget: int | None = None
+    progress: bool = True
+    seed: int = 0
+
+    @classmethod
+    def of(cls, batch_size: int | str, budget: int | str | None, progress: bool, seed: int) -> Plan:
+        """A checked plan; a budget may be written ``"4GiB"``. Raises OptionError."""
+        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+            raise OptionError(f"got batch_size = {batch_size!r}, expected 'auto' or a whole number of at least 1")
+        return cls(batch_size, parse_bytes(budget), progress, seed)
+
+    def rows(self, bytes_per_row: float, device: torch.device) -> int:
+        """How many rows fit into the budget; at least one."""
+        budget = self.budget
+        if budget is None:
+            budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 256 * 2**20
+        return max(1, int(budget // max(bytes_per_row, 1)))
+
+    def chunks(self, task: Task, bytes_per_example: Callable[[Batch], float], model: Model, label: str) -> Iterator[Batch]:
+        """The task's examples in batches that fit, on the model's device, with a progress bar."""
+        with self.bar(len(task), label) as bar:
+            for batch in task.batches:
+                size = self.rows(bytes_per_example(batch), model.device)
+                size = size if self.batch_size == "auto" else min(size, int(self.batch_size))
+                for start in range(0, len(batch), size):
+                    part = batch.rows(slice(start, start + size)).to(model.device)
+                    yield part
+                    bar.update(len(part))
+
+    def bar(self, total: int, label: str) -> tqdm:
+        """A progress bar that appears only after two seconds."""
+        return tqdm(total=total, desc=label, disable=not self.progress, delay=2, leave=False)
+
+
+def parse_bytes(budget: int | str | None) -> int | None:
+    """Bytes from ``512``, ``"512MiB"`` or ``"4 GiB"``. Raises OptionError for anything else.
+
+    >>> parse_bytes("1.5GiB"), parse_bytes(None)
+    (1610612736, None)
+    """
+    if budget is None:
+        return None
+    text = str(budget).strip()
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("GB", 10**9), ("MB", 10**6), ("B", 1), ("", 1)):
+        if text.endswith(unit):
+            try:
+                value = float(text.removesuffix(unit)) * factor
+            except ValueError:
+                break
+            if value >= 1:
+                return int(value)
+            break
+    raise OptionError(f"got budget = {budget!r}, expected bytes such as 536870912, '512MiB' or '4GiB'")
+
+
+def score(
+    model: Model,
+    task: Task,
+    method: str = "eap-ig",
+    *,
+    batch_size: int | str = "auto",
+    budget: int | str | None = None,
+    progress: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Scores:
+    """Score every edge of the model on a task by a named method.
+
+    Raises:
+        UnknownName: if no method has that name.
+        OptionError: for an option that the method does not have, or a value out of range.
+        MetricError: if the metric has no gradient here, or is not finite.
+
+    >>> import circuitkit as ck
+    >>> model = ck.load("induction/trained")
+    >>> ck.score(model, ck.task("induction-letters", model, n=8), "eap")
+    Scores(eap, 12 edges, 8 examples)
+    """
+    function = METHODS[method]
+    options = checked_options(method, function, options)
+    check_task(model, task)
+    plan = Plan.of(batch_size, budget, progress, seed)
+    start = time.perf_counter()
+    with torch.no_grad(), quiet(model.module):
+        scores = function(model, task, plan=plan, **options)
+    if not torch.isfinite(scores.values).all():
+        raise MetricError(f"{method} gave scores that are not finite on task {task.name!r}; check the metric's gradient")
+    about = {"task": task.name, "metric": task.metric.name, "model": model.name, "seed": seed}
+    about["seconds"] = round(time.perf_counter() - start, 3)
+    return Scores(
+        scores.values, scores.graph, method, options, scores.stderr, scores.signed, scores.n_examples,
+        {**scores.provenance, **about},
+    )  # fmt: skip
+
+
+def checked_options(name: str, function: Method, options: dict[str, Any]) -> dict[str, Any]:
+    """The method's options with defaults filled in. Raises OptionError for one that it does not have."""
+    known = {
+        p.name: p.default
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name != "plan"
+    }
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise OptionError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}")
+    return known | options
+
+
+def check_task(model: Model, task: Task) -> None:
+    """Refuse a task that does not fit the model. Raises TaskError."""
+    if len(task) == 0:
+        raise TaskError(f"task {task.name!r} has no examples")
+    for batch in task.batches:
+        for side in (batch.clean, batch.corrupt):
+            if side.dtype not in (torch.int64, torch.int32):
+                raise TaskError(f"task {task.name!r} has {side.dtype} tokens, expected token ids (int64)")
+            if int(side.min()) < 0 or int(side.max()) >= model.d_vocab:
+                raise TaskError(
+                    f"task {task.name!r} has token ids from {int(side.min())} to {int(side.max())}, "
+                    f"{model.name} knows 0 to {model.d_vocab - 1}"
+                )
+            if side.shape[1] > model.n_ctx:
+                raise TaskError(f"task {task.name!r} has {side.shape[1]} tokens, {model.name} reads at most {model.n_ctx}")
+        if not model.causal and bool((batch.lengths != batch.clean.shape[1]).any()):
+            raise TaskError(
+                f"{model.name} is not causal, so padding would change its answers: give one batch per length"
+            )
+
+
+def with_reference(model: Model, task: Task, batch: Batch, run: Run) -> Batch:
+    """The batch, with the clean run's logits filled in if the metric compares with them."""
+    if "reference" not in task.metric.needs:
+        return batch
+    return replace(batch, reference=model.logits(run.inputs[-1], batch.positions))
+
+
+def corrupt_writes(
+    model: Model, task: Task, plan: Plan, corrupt_value: str
+) -> Callable[[Batch, Run], tuple[Tensor, ...]]:
+    """A function that gives, for a batch and its clean run, what each write site carries along a removed edge.
+
+    Means are over the clean inputs of the whole task, padding left out.
+    """
+    check_corrupt_value(corrupt_value)
+    if corrupt_value == "counterfactual":
+        return lambda batch, run: model.record(batch.corrupt).writes
+    if corrupt_value == "zero":
+        return lambda batch, run: tuple(torch.zeros_like(w) for w in run.writes)
+    per_position = corrupt_value == "position-mean"
+    sites = range(len(model.wiring.write_sites))
+    recorded = [
+        (model.record(b.clean).writes, b.lengths)
+        for b in plan.chunks(task, lambda b: run_bytes(model, b), model, "mean activations")
+    ]
+    means = [task_mean(((w[i], lengths) for w, lengths in recorded), per_position=per_position) for i in sites]
+
+    def value(batch: Batch, run: Run) -> tuple[Tensor, ...]:
+        return tuple(
+            mean[: w.shape[1]].to(w).expand_as(w) for mean, w in zip(means, run.writes, strict=True)
+        )
+
+    return value
+
+
+def run_bytes(model: Model, batch: Batch) -> float:
+    """Bytes per example of a recorded run: the stream at each block and all writes."""
+    d = model.wiring.width
+    return 4.0 * batch.clean.shape[1] * d * 4 * (len(model.wiring.blocks) + 1)
+
+
+def matrix_bytes(model: Model, batch: Batch) -> float:
+    """Bytes per example of the writes of all components in full width, and of one block's readers."""
+    readers = max(site.n for site in model.wiring.read_sites) * 3
+    return 4.0 * batch.clean.shape[1] * model.wiring.width * (len(model.graph.sources) + 3 * readers)
+
+
+def backward_bytes(model: Model, batch: Batch) -> float:
+    """Bytes per example that a backward pass keeps: a rough count over blocks, measured to be on the high side."""
+    length, d = batch.clean.shape[1], model.wiring.width
+    heads = max(site.n for site in model.wiring.read_sites)
+    return 4.0 * len(model.wiring.blocks) * length * (40 * d + 4 * heads * length)
+
+
+def finished(model: Model, moments: Moments, **fields: Any) -> Scores:
+    """Scores from running moments, zero where no edge is possible."""
+    mask = model.graph.mask
+    values, stderr = (
+        torch.where(mask, t.float().cpu(), torch.zeros(())) for t in (moments.mean, moments.stderr)
+    )
+    return Scores(values, model.graph, "", stderr=stderr, n_examples=moments.n, **fields)

@@ -1,0 +1,60 @@
+"""`load`: whatever a user has, as a checked `Model`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from circuitkit.errors import UnsupportedModel
+from circuitkit.models.hooked import Model
+
+
+def load(what: str | nn.Module, *, check: bool = True, **options: Any) -> Model:
+    """Load a model and test its wiring by experiment.
+
+    Args:
+        what: a zoo name, a local Hugging Face folder, a hub id, a causal language model of transformers, a
+            TransformerBridge, or a HookedTransformer. A module of yours is never changed.
+        check: whether to run the load laws (a few passes over five tokens).
+        options: ``revision`` and ``dtype`` for folders and hub ids; ``tokenizer`` and ``name`` for modules.
+
+    Raises:
+        UnsupportedModel: if it cannot be loaded, or its wiring fails a law: results would be wrong.
+
+    >>> load("induction/trained")
+    Model(induction/trained: 3 writers, 7 readers, 12 edges)
+    """
+    model = _load_name(what, options) if isinstance(what, str) else _load_module(what, options)
+    if check:
+        model.check()
+    return model
+
+
+def _load_name(what: str, options: dict[str, Any]) -> Model:
+    from circuitkit.models.zoo import load_zoo, zoo_name
+
+    name = zoo_name(what)
+    if name is not None:
+        return load_zoo(name)
+    from circuitkit.models.transformer import load_pretrained
+
+    return load_pretrained(what, **options)
+
+
+def _load_module(what: nn.Module, options: dict[str, Any]) -> Model:
+    if not isinstance(what, nn.Module):
+        raise UnsupportedModel(f"got a {type(what).__name__}, expected a name, a folder, a hub id or a module")
+    # By class name, so that neither library is imported to find out that it is not needed.
+    kinds = {base.__name__ for base in type(what).__mro__}
+    if "HookedTransformer" in kinds:
+        from circuitkit.models.tl_layout import hooked_transformer_model
+
+        return hooked_transformer_model(what, **options)
+    if "TransformerBridge" in kinds:
+        from circuitkit.models.transformer import bridge_model
+
+        return bridge_model(what, **options)
+    from circuitkit.models.transformer import module_model
+
+    return module_model(what, **options)

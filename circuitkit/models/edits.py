@@ -1,0 +1,198 @@
+"""What a model does under edits of its edges: gradients at every reader, circuits, single edges, single components.
+
+All start from a recorded run and replay only the blocks that an edit can reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuitkit.functional.attribution import pull_back
+from circuitkit.functional.norms import at_least_float32
+from circuitkit.models.hooked import Hook, Model, Run, quiet
+from circuitkit.models.wiring import Port, ReadSite
+from circuitkit.shapes import Logits, Stream
+
+Objective = Callable[[Logits], Float[Tensor, ""]]
+
+
+def reader_gradients(
+    model: Model,
+    run: Run,
+    x: Float[Tensor, "step batch pos d"],
+    positions: Int[Tensor, "batch answer"],
+    objective: Objective,
+) -> Iterator[tuple[slice, Float[Tensor, "node batch pos d"]]]:
+    """Gradient of an objective at every reader's private copy of the stream, summed over steps, block by block.
+
+    Args:
+        run: the run whose calls are repeated.
+        x: the stream before the first block at each step (one step: the clean input; several: a path).
+        positions: where logits are read.
+        objective: from logits ``[step * batch, answer, vocab]`` to one number.
+
+    Yields:
+        columns of the edge matrix, and the gradients of those readers.
+    """
+    steps, batch = x.shape[:2]
+    rows = torch.arange(batch, device=x.device).repeat(steps)
+    seen: dict[Port, Tensor] = {}
+    sites = [site for site in model.wiring.read_sites if site.block < len(model.wiring.blocks)]
+    start = x.flatten(0, 1).detach().requires_grad_(True)
+    with quiet(model.module), torch.enable_grad():
+        hooks: list[Hook] = [(port, _watcher(seen, port)) for port in {site.stream for site in sites}]
+        hooks += [(site.port, _own_copy(seen, site.port)) for site in sites]
+        last = model.replay(run, 0, start, rows, hooks)
+        value = objective(model.logits(last, positions.repeat(steps, 1)))
+        wanted = [*(seen[site.port] for site in sites), last]
+        gradients = torch.autograd.grad(value, wanted, allow_unused=True)
+    final = model.wiring.read_sites[-1]
+    found = {site: (seen[site.port], seen[site.stream]) for site in sites} | {final: (last, last)}
+    slopes = dict(zip(found, gradients, strict=True))
+    for group in _same_stream(list(found)):
+        parts = []
+        for site in group:
+            y, stream = (t.detach().reshape(steps, batch, x.shape[2], -1) for t in found[site])
+            slope = torch.zeros_like(y) if slopes[site] is None else slopes[site].reshape(y.shape)
+            slope, y = (t.unflatten(-1, (site.n, -1)) for t in (slope, y))
+            norm = None if site is final else site.norm
+            parts.append(pull_back(slope, y, stream, site.weight, site.bias, norm))
+        yield slice(group[0].first, group[-1].columns.stop), torch.cat(parts)
+
+
+def _same_stream(sites: list[ReadSite]) -> Iterator[list[ReadSite]]:
+    """Consecutive sites that read the same stream, so that their readers share one product."""
+    for _, group in groupby(sites, key=lambda site: (site.block, id(site.stream.module))):
+        yield list(group)
+
+
+def _watcher(seen: dict[Port, Tensor], port: Port) -> Callable[[Tensor], None]:
+    def watch(x: Tensor) -> None:
+        seen[port] = x
+
+    return watch
+
+
+def _own_copy(seen: dict[Port, Tensor], port: Port) -> Callable[[Tensor], Tensor]:
+    """Without a norm, or where parts share one, readers are handed the very same tensor; a view tells them apart."""
+
+    def copy(x: Tensor) -> Tensor:
+        seen[port] = x.view_as(x)
+        return seen[port]
+
+    return copy
+
+
+@torch.no_grad()
+def run_circuits(
+    model: Model,
+    run: Run,
+    corrupt: tuple[Tensor, ...],
+    keep: Bool[Tensor, "circuit src dst"],
+    positions: Int[Tensor, "batch answer"],
+) -> Float[Tensor, "circuit batch answer vocab"]:
+    """Logits of several circuits at once, stacked on the batch axis.
+
+    Every reader v reads  x + sum_u (1 - keep[u, v]) (corrupt a_u - a_u),  where x and a_u are those of the circuit's
+    own run, so an edit upstream changes what is written downstream.
+
+    Args:
+        run: the clean run.
+        corrupt: what each write site carries along a removed edge.
+        keep: the edges of each circuit.
+    """
+    wiring, n, batch = model.wiring, len(keep), run.batch
+    rows = torch.arange(batch, device=run.inputs[0].device).repeat(n)
+    drop = (model.graph.mask.to(keep.device) & ~keep).to(run.inputs[0].device)
+    x = run.inputs[0].repeat(n, 1, 1)
+    width = x.shape[1] * x.shape[2]
+    gaps = torch.zeros(n, len(model.graph.sources), batch * width, device=x.device, dtype=at_least_float32(x).dtype)
+    streams: dict[Port, Tensor] = {}
+
+    def note(i: int, tensor: Tensor) -> None:
+        site = wiring.write_sites[i]
+        current = tensor.reshape(n * batch, x.shape[1], site.n, -1)
+        gap = site.difference(corrupt[i].repeat(n, 1, 1, 1), current)
+        gaps[:, site.rows] = gap.reshape(site.n, n, batch * width).transpose(0, 1)
+
+    def shift(site: ReadSite) -> Stream | None:
+        removed = drop[:, : wiring.writes_before(site), site.columns]
+        if not removed.any():
+            return None
+        moved = removed.transpose(1, 2).to(gaps.dtype) @ gaps[:, : removed.shape[1]]
+        return moved.reshape(n, site.n, batch, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+
+    def edit(site: ReadSite, y: Tensor) -> Tensor | None:
+        moved = shift(site)
+        if moved is None:
+            return None
+        return _as_site(site.read(at_least_float32(streams[site.stream]) + moved), y)
+
+    note(0, x)
+    hooks: list[Hook] = []
+    for i, written in enumerate(wiring.write_sites):
+        if written.block >= 0:
+            hooks.append((written.port, lambda t, i=i: note(i, t)))
+    inner = [site for site in wiring.read_sites if site.block < len(wiring.blocks)]
+    hooks += [(port, _watcher(streams, port)) for port in {site.stream for site in inner}]
+    hooks += [(site.port, lambda y, site=site: edit(site, y)) for site in inner]
+    last = model.replay(run, 0, x, rows, hooks)
+    moved = shift(wiring.read_sites[-1])
+    last = last if moved is None else (at_least_float32(last) + moved[0]).to(last.dtype)
+    return model.logits(last, positions.repeat(n, 1)).unflatten(0, (n, batch))
+
+
+def _as_site(values: Float[Tensor, "node batch pos width"], like: Tensor) -> Tensor:
+    return values.movedim(0, 2).reshape(like.shape).to(like.dtype)
+
+
+@torch.no_grad()
+def patch_edges(
+    model: Model,
+    run: Run,
+    delta: Float[Tensor, "src batch pos d"],
+    site: ReadSite,
+    edges: Sequence[tuple[int, int]],
+    positions: Int[Tensor, "batch answer"],
+) -> Float[Tensor, "edge batch answer vocab"]:
+    """Logits with one edge corrupt at a time, for edges into readers of one site, on the batch axis.
+
+    Args:
+        run: the clean run.
+        delta: clean minus corrupt writes of every writer.
+        site: the site of the readers.
+        edges: (row, column) pairs sorted by column.
+    """
+    batch, n = run.batch, len(edges)
+    src = torch.tensor([u for u, _ in edges], device=delta.device)
+    rows = torch.arange(batch, device=delta.device).repeat(n)
+    x = run.inputs[site.block].repeat(n, 1, 1)
+    if site.block == len(model.wiring.blocks):
+        last = at_least_float32(x) - delta[src].flatten(0, 1)
+        return model.logits(last.to(x.dtype), positions.repeat(n, 1)).unflatten(0, (n, batch))
+    streams: dict[Port, Tensor] = {}
+    columns = torch.tensor([v - site.first for _, v in edges])
+
+    def edit(y: Tensor) -> Tensor:
+        out = y.clone().reshape(n * batch, y.shape[1], site.n, -1)
+        stream = at_least_float32(streams[site.stream]).unflatten(0, (n, batch))
+        for node in columns.unique().tolist():
+            first, stop = _span(columns, node)
+            private = stream[first:stop] - delta[src[first:stop]]
+            value = site.read(private[None], slice(node, node + 1))[0]
+            out[first * batch : stop * batch, :, node] = value.flatten(0, 1).to(out.dtype)
+        return out.reshape(y.shape)
+
+    hooks: list[Hook] = [(site.stream, _watcher(streams, site.stream)), (site.port, edit)]
+    last = model.replay(run, site.block, x, rows, hooks)
+    return model.logits(last, positions.repeat(n, 1)).unflatten(0, (n, batch))
+
+
+def _span(sorted_values: Tensor, value: int) -> tuple[int, int]:
+    where = (sorted_values == value).nonzero()
+    return int(where[0]), int(where[-1]) + 1

@@ -1,0 +1,262 @@
+"""`Model`: a module with its wiring. It records runs and replays blocks with edits; it holds no activations.
+
+A run is recorded once through the user's module. Everything after that (gradients, circuits, patched edges) replays the
+blocks from a chosen layer with the calls that were recorded, so no layer is computed that an edit cannot reach, and
+logits are computed at the answer positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from circuitkit.errors import UnsupportedModel
+from circuitkit.functional.norms import at_least_float32
+from circuitkit.graph import Graph
+from circuitkit.models.wiring import Port, Wiring
+from circuitkit.shapes import Logits, Stream, Tokens
+
+Hook = tuple[Port, Callable[[Tensor], Tensor | None]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one recorded run left behind, detached.
+
+    Args:
+        batch: number of examples.
+        calls: arguments of each block besides the stream.
+        inputs: the stream before each block, and after the last.
+        writes: the tensor of each write site, ``[batch, pos, node, width]``.
+    """
+
+    batch: int
+    calls: tuple[Call, ...]
+    inputs: tuple[Stream, ...]
+    writes: tuple[Float[Tensor, "batch pos node width"], ...]
+
+    def rows(self, index: slice) -> Run:
+        """The examples chosen by a slice."""
+        take = torch.arange(self.batch, device=self.inputs[0].device)[index]
+        return Run(
+            len(take),
+            tuple(repeat_call(call, take, self.batch) for call in self.calls),
+            tuple(x[index] for x in self.inputs),
+            tuple(w[index] for w in self.writes),
+        )
+
+
+class Model:
+    """A trained network, ready to be recorded and replayed.
+
+    Args:
+        module: what is run on tokens.
+        wiring: where components write and read.
+        forward: ``(module, tokens) -> None``, how to run it without a cache.
+        name: for messages and files.
+        d_vocab: number of token ids.
+        n_ctx: longest input.
+        tokenizer: a Hugging Face tokenizer or None.
+        card: what is known about it (a zoo model's JSON), or {}.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        wiring: Wiring,
+        *,
+        forward: Callable[[nn.Module, Tensor], Any],
+        name: str,
+        d_vocab: int,
+        n_ctx: int,
+        tokenizer: Any = None,
+        card: dict[str, Any] | None = None,
+    ) -> None:
+        self.module, self.wiring = module, wiring
+        self.name, self.d_vocab, self.n_ctx = name, d_vocab, n_ctx
+        self.tokenizer, self.card = tokenizer, card or {}
+        self.causal = True
+        self._forward = forward
+
+    @property
+    def graph(self) -> Graph:
+        """Names of writers and readers, and the possible edges."""
+        return self.wiring.graph
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    def __repr__(self) -> str:
+        g = self.graph
+        return f"Model({self.name}: {len(g.sources)} writers, {len(g.destinations)} readers, {g.n_edges} edges)"
+
+    def check(self) -> None:
+        """Test the wiring's laws by experiment. Raises UnsupportedModel naming the law, the layer and the gap."""
+        from circuitkit.models.laws import check_laws
+
+        check_laws(self)
+
+    def record(self, tokens: Tokens) -> Run:
+        """Run the module once and keep what a replay needs.
+
+        Raises:
+            UnsupportedModel: if an activation is not finite; names the first block where it is not.
+        """
+        calls: list[Call] = []
+        inputs: list[Tensor] = []
+        writes: dict[int, Tensor] = {}
+
+        def keep_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x, call = split_call(args, kwargs)
+            inputs.append(x.detach())
+            calls.append(call)
+
+        hooks: list[Hook] = [
+            (self.wiring.final, lambda x: inputs.append(x.detach())),
+            (self.wiring.head, lambda x: x[:, :1]),
+        ]
+        for i, site in enumerate(self.wiring.write_sites):
+            if site.block >= 0:
+                hooks.append((site.port, _keeper(writes, i)))
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(quiet(self.module))
+            stack.enter_context(hooked(hooks))
+            for block in self.wiring.blocks:
+                handle = block.register_forward_pre_hook(keep_call, with_kwargs=True)
+                stack.callback(handle.remove)
+            self._forward(self.module, tokens.to(self.device))
+        writes[0] = inputs[0]
+        _check_finite(inputs)
+        shaped = (
+            writes[i].detach().reshape(*writes[i].shape[:2], site.n, -1)
+            for i, site in enumerate(self.wiring.write_sites)
+        )
+        return Run(len(tokens), tuple(calls), tuple(inputs), tuple(shaped))
+
+    def replay(self, run: Run, start: int, x: Stream, rows: Int[Tensor, " row"], hooks: Sequence[Hook] = ()) -> Stream:
+        """Pass a stream through the blocks from ``start`` on, with hooks, and return it.
+
+        Args:
+            run: whose block calls to repeat.
+            start: first block.
+            x: the stream before that block, one row per entry of ``rows``.
+            rows: which example of the run each row continues.
+            hooks: what to look at or replace on the way.
+        """
+        memo: dict[int, Any] = {}
+        with quiet(self.module), hooked(hooks):
+            for block, call in zip(self.wiring.blocks[start:], run.calls[start:], strict=True):
+                args, kwargs = repeat_call(call, rows, run.batch, memo)
+                out = block(x, *args, **kwargs)
+                x = out if isinstance(out, Tensor) else out[0]
+        return x
+
+    def logits(self, x: Stream, positions: Int[Tensor, "batch answer"]) -> Logits:
+        """Logits at the answer positions of a stream that left the last block, in float32 or better."""
+        with quiet(self.module):
+            picked = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+            return at_least_float32(self.wiring.tail(picked))
+
+
+def _keeper(store: dict[int, Tensor], key: int) -> Callable[[Tensor], None]:
+    def keep(x: Tensor) -> None:
+        store[key] = x
+
+    return keep
+
+
+def _check_finite(inputs: list[Tensor]) -> None:
+    for i, x in enumerate(inputs):
+        if not torch.isfinite(x).all():
+            where = f"entering block {i}" if i < len(inputs) - 1 else "leaving the last block"
+            raise UnsupportedModel(
+                f"the stream {where} holds NaN or infinite values; check the weights"
+                + ("; float16 overflows easily, load the model in bfloat16 or float32" if x.dtype == torch.float16 else "")
+            )
+
+
+@contextmanager
+def hooked(hooks: Sequence[Hook]) -> Iterator[None]:
+    """Attach functions to ports; each may return a tensor to replace what it saw. Removed on exit, also after an error."""
+    with ExitStack() as stack:
+        for port, function in hooks:
+            handle = (
+                port.module.register_forward_hook(_on_output(function))
+                if port.side == "out"
+                else port.module.register_forward_pre_hook(_on_input(function))
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+def _on_output(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return function(output)
+        new = function(output[0])
+        return None if new is None else (new, *output[1:])
+
+    return hook
+
+
+def _on_input(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+        new = function(args[0])
+        return None if new is None else (new, *args[1:])
+
+    return hook
+
+
+@contextmanager
+def quiet(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and frozen parameters inside; both exactly as found afterwards."""
+    training = [m for m in module.modules() if m.training]
+    learning = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for m in training:
+            m.training = False
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for m in training:
+            m.training = True
+        for p in learning:
+            p.requires_grad_(True)
+
+
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The stream a block was called with, and its other arguments."""
+    if args:
+        return args[0], (args[1:], dict(kwargs))
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), ((), rest)
+
+
+def repeat_call(call: Call, rows: Int[Tensor, " row"], batch: int, memo: dict[int, Any] | None = None) -> Call:
+    """A block's arguments for other rows: tensors that carry the batch first are indexed, the rest kept.
+
+    A tensor of one axis is never per example (positions count along the sequence), nor is one of first size 1.
+    """
+    memo = {} if memo is None else memo
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(repeat(v) for v in value)
+        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != batch or batch == 1:
+            return value
+        if id(value) not in memo:
+            memo[id(value)] = value.index_select(0, rows.to(value.device))
+        return memo[id(value)]
+
+    args, kwargs = call
+    return tuple(repeat(a) for a in args), {k: repeat(v) for k, v in kwargs.items()}

@@ -1,0 +1,164 @@
+"""The laws that a wiring must obey, tested by experiment on a few tokens when a model is loaded.
+
+1 replay        blocks replayed from any layer give the module's own logits
+2 writes        differences of writes add up to the difference of every stream that is read
+3 projections   what readers make of the stream equals what the module computed
+4 gradients     pulled-back gradients equal autograd's on a run in which every reader has its own copy of the stream
+5 edits         with every edge removed, the run equals the corrupt run
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from circuitkit.errors import UnsupportedModel
+from circuitkit.functional.norms import at_least_float32
+from circuitkit.models.edits import reader_gradients, run_circuits
+from circuitkit.models.hooked import Hook, Model, Run, hooked, quiet
+from circuitkit.models.transformer import probe_tokens
+from circuitkit.models.wiring import Port, ReadSite
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+
+
+def check_laws(model: Model) -> None:
+    """Test all laws, and find out whether the model is causal.
+
+    Raises:
+        UnsupportedModel: naming the law, the place and the relative gap.
+    """
+    with torch.no_grad(), quiet(model.module):
+        _check(model)
+
+
+def _check(model: Model) -> None:
+    length = min(5, model.n_ctx)
+    clean = probe_tokens(model.d_vocab, model.module)[:, :length]
+    corrupt = probe_tokens(model.d_vocab, model.module, seed=1)[:, :length]
+    runs = model.record(clean), model.record(corrupt)
+    positions = torch.arange(length, device=clean.device).expand(len(clean), -1)
+    own = _own_logits(model, clean)
+    _check_replay(model, runs[0], own, positions)
+    _check_writes(model, runs)
+    _check_projections(model, runs[0])
+    _check_gradients(model, runs[0], positions)
+    _check_edits(model, runs, positions)
+    model.causal = _is_causal(model, clean, own)
+
+
+def _compare(law: str, place: str, got: Tensor, want: Tensor) -> None:
+    limit = TOLERANCE[min((got.dtype, want.dtype), key=lambda d: d.itemsize)]
+    got, want = at_least_float32(got.detach()), at_least_float32(want.detach())
+    size = float(want.abs().max())
+    gap = float((got - want).abs().max()) / (size if size > 1e-9 else 1.0)
+    if not gap <= limit:
+        raise UnsupportedModel(
+            f"the wiring fails the law of {law} at {place}: relative gap {gap:.2g}, allowed {limit:.0e}. "
+            "Results would be wrong, so the model is refused; please report its architecture"
+        )
+
+
+def _own_logits(model: Model, tokens: Tensor) -> Tensor:
+    with quiet(model.module):
+        out = model.module(tokens)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def _check_replay(model: Model, run: Run, own: Tensor, positions: Tensor) -> None:
+    # Rows out of order and repeated: arguments that carry the batch must follow.
+    rows = torch.tensor([2, 0, 0, 1], device=own.device)[: run.batch + 1] % run.batch
+    for start in {0, len(model.wiring.blocks) - 1}:
+        last = model.replay(run, start, run.inputs[start][rows], rows)
+        _compare("replay", f"layer {start}", model.logits(last, positions[rows]), own[rows].to(last.dtype))
+
+
+def _streams(model: Model, run: Run) -> dict[Port, Tensor]:
+    seen: dict[Port, Tensor] = {}
+    ports = {p for s in model.wiring.read_sites[:-1] for p in (s.port, s.stream)}
+    hooks: list[Hook] = [(port, lambda x, port=port: seen.__setitem__(port, x)) for port in ports]
+    last = model.replay(run, 0, run.inputs[0], torch.arange(run.batch, device=run.inputs[0].device), hooks)
+    final = model.wiring.read_sites[-1]
+    return seen | {final.stream: last, final.port: last}
+
+
+def _check_writes(model: Model, runs: tuple[Run, Run]) -> None:
+    wiring = model.wiring
+    delta = wiring.expand_difference(runs[0].writes, runs[1].writes)
+    streams = [_streams(model, run) for run in runs]
+    for site in wiring.read_sites:
+        want = at_least_float32(streams[0][site.stream]) - at_least_float32(streams[1][site.stream])
+        got = delta[model.graph.mask[:, site.first].to(delta.device)].sum(0)
+        _compare("writes", _place(model, site), got.to(streams[0][site.stream].dtype), want)
+
+
+def _check_projections(model: Model, run: Run) -> None:
+    streams = _streams(model, run)
+    for site in model.wiring.read_sites[:-1]:
+        got = site.read(at_least_float32(streams[site.stream])[None].expand(site.n, -1, -1, -1))
+        want = streams[site.port]
+        _compare("projections", _place(model, site), got.movedim(0, 2).reshape(want.shape).to(want.dtype), want)
+
+
+def _check_gradients(model: Model, run: Run, positions: Tensor) -> None:
+    if next(model.module.parameters()).dtype in (torch.float16, torch.bfloat16):
+        return  # rounding of narrow dtypes is larger than the differences that this law looks for
+
+    def objective(logits: Tensor) -> Tensor:
+        direction = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(0))
+        return (logits * direction.to(logits)).sum()
+
+    pulled = dict(_per_site(model, reader_gradients(model, run, run.inputs[0][None], positions, objective)))
+    for site in model.wiring.read_sites:
+        want = split_reader_gradient(model, run, site, positions, objective)
+        _compare("gradients", _place(model, site), pulled[site], want)
+
+
+def _per_site(model: Model, groups) -> list[tuple[ReadSite, Tensor]]:  # type: ignore[no-untyped-def]
+    found = []
+    for columns, gradient in groups:
+        for site in model.wiring.read_sites:
+            if columns.start <= site.first < columns.stop:
+                found.append((site, gradient[site.first - columns.start :][: site.n]))
+    return found
+
+
+def split_reader_gradient(model: Model, run: Run, site: ReadSite, positions: Tensor, objective) -> Tensor:  # type: ignore[no-untyped-def]
+    """The literal gradient: give every reader of a site its own copy of the stream and let autograd differentiate."""
+    rows = torch.arange(run.batch, device=run.inputs[0].device)
+    streams: dict[Port, Tensor] = {}
+    x = run.inputs[0]
+    copies = torch.zeros(site.n, *x.shape, device=x.device, dtype=at_least_float32(x).dtype, requires_grad=True)
+
+    def split(y: Tensor) -> Tensor:
+        private = at_least_float32(streams[site.stream]) + copies
+        return site.read(private).movedim(0, 2).reshape(y.shape).to(y.dtype)
+
+    with quiet(model.module), torch.enable_grad():
+        if site.block == len(model.wiring.blocks):
+            last = model.replay(run, 0, x, rows) + copies[0].to(x.dtype)
+        else:
+            hooks: list[Hook] = [(site.stream, lambda s: streams.__setitem__(site.stream, s)), (site.port, split)]
+            last = model.replay(run, 0, x, rows, hooks)
+        return torch.autograd.grad(objective(model.logits(last, positions)), copies)[0]
+
+
+def _check_edits(model: Model, runs: tuple[Run, Run], positions: Tensor) -> None:
+    nothing = torch.zeros(1, *model.graph.mask.shape, dtype=torch.bool)
+    got = run_circuits(model, runs[0], runs[1].writes, nothing, positions)[0]
+    with torch.no_grad():
+        want = model.logits(runs[1].inputs[-1], positions)
+    dtype = next(model.module.parameters()).dtype
+    _compare("edits", "the logits", got.to(dtype), want.to(dtype))
+
+
+def _is_causal(model: Model, tokens: Tensor, own: Tensor) -> bool:
+    """Whether leaving out the last token changes nothing before it."""
+    if tokens.shape[1] < 2:
+        return True
+    shorter = _own_logits(model, tokens[:, :-1])
+    return bool(torch.allclose(shorter, own[:, :-1], atol=1e-4 * float(own.abs().max()), rtol=1e-3))
+
+
+def _place(model: Model, site: ReadSite) -> str:
+    return f"layer {site.block}, {model.graph.destinations[site.first]}"

@@ -1,0 +1,207 @@
+"""How one model is wired, as data: where each writer writes, where each reader reads, and the maps between.
+
+A site is one tensor of the running module that several nodes share: all heads of a layer write through one ``z``, read
+through one ``q``. Writers stay factored (``z`` with its map ``W_O``); readers stay fused (``q`` with ``W_Q`` and the norm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuitkit.functional.norms import Norm, at_least_float32
+from circuitkit.graph import Graph
+
+
+@dataclass(frozen=True, eq=False)
+class Port:
+    """One tensor of a running module: what goes into (``in``) or comes out of (``out``) a submodule."""
+
+    module: nn.Module
+    side: str = "out"
+
+
+@dataclass(frozen=True, eq=False)
+class WriteSite:
+    """Consecutive writers that share a tensor.
+
+    Args:
+        first: row of the first one.
+        n: how many.
+        block: index of the block they are in; -1 for the input.
+        port: where the tensor ``[batch, pos, n * width]`` is found.
+        weight: each writer's map to the stream, or None if the tensor is what is written.
+        bias: added to the sum of the writes inside the block (a constant, unless a post-norm follows).
+        post_norm: norm of the sum before it joins the stream, or None.
+    """
+
+    first: int
+    n: int
+    block: int
+    port: Port
+    weight: Float[Tensor, "node width d"] | None = None
+    bias: Float[Tensor, " d"] | None = None
+    post_norm: Norm | None = None
+
+    @property
+    def rows(self) -> slice:
+        """The writers' rows in the edge matrix."""
+        return slice(self.first, self.first + self.n)
+
+    def expand(self, values: Float[Tensor, "batch pos node width"]) -> Float[Tensor, "node batch pos d"]:
+        """What each writer adds to the stream, a post-norm's scale of this run included."""
+        values = at_least_float32(values)
+        if self.weight is None:
+            return values.movedim(2, 0)
+        nodes = values.flatten(0, 1).transpose(0, 1) @ self.weight.to(values.dtype)
+        writes = nodes.unflatten(1, values.shape[:2])
+        if self.post_norm is None:
+            return writes
+        total = writes.sum(0) if self.bias is None else writes.sum(0) + self.bias.to(writes.dtype)
+        return self.post_norm.part(writes, self.post_norm.statistics(total)[1])
+
+    def difference(
+        self, values: Float[Tensor, "batch pos node width"], others: Float[Tensor, "batch pos node width"]
+    ) -> Float[Tensor, "node batch pos d"]:
+        """expand(values) - expand(others), with one product where the map is linear."""
+        if self.post_norm is None:
+            return self.expand(at_least_float32(values) - at_least_float32(others))
+        return self.expand(values) - self.expand(others)
+
+
+@dataclass(frozen=True, eq=False)
+class ReadSite:
+    """Consecutive readers that share a tensor: y_v = W_v^T norm(x_v) + b_v.
+
+    Args:
+        first: column of the first one.
+        n: how many.
+        block: index of the block they are in; the number of blocks for the final read.
+        port: where the tensor y ``[batch, pos, n * width]`` is found.
+        stream: where the stream x that they read is found.
+        weight: each reader's projection, or None if it reads the normed stream whole.
+        bias: each reader's offset, or None.
+        norm: between stream and projection, or None.
+    """
+
+    first: int
+    n: int
+    block: int
+    port: Port
+    stream: Port
+    weight: Float[Tensor, "node d width"] | None = None
+    bias: Float[Tensor, "node width"] | None = None
+    norm: Norm | None = None
+
+    @property
+    def columns(self) -> slice:
+        """The readers' columns in the edge matrix."""
+        return slice(self.first, self.first + self.n)
+
+    def read(self, streams: Float[Tensor, "node *batch d"], nodes: slice = slice(None)) -> Float[Tensor, "node *batch width"]:
+        """What the readers make of a private stream each."""
+        normed = streams if self.norm is None else self.norm(streams)
+        if self.weight is None:
+            return normed
+        weight = self.weight[nodes].to(normed.dtype)
+        y = (normed.flatten(1, -2) @ weight).unflatten(1, normed.shape[1:-1])
+        if self.bias is None:
+            return y
+        bias = self.bias[nodes].to(y.dtype)
+        return y + bias.reshape(len(bias), *[1] * (y.dim() - 2), -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Wiring:
+    """The sites of one model, in order of computation.
+
+    Args:
+        graph: names of all writers and readers, and the possible edges.
+        blocks: the modules through which the stream passes, one after the other.
+        write_sites: in order of rows.
+        read_sites: in order of columns.
+        tail: from the stream after the last block to logits; takes any leading axes.
+        final: where the stream after the last block is found in a full run.
+        head: what goes into the unembedding in a full run; cut to one position where logits are not wanted.
+        patterns: where each block's attention pattern ``[batch, head, query, key]`` is found; () if it cannot be edited.
+    """
+
+    graph: Graph
+    blocks: tuple[nn.Module, ...]
+    write_sites: tuple[WriteSite, ...]
+    read_sites: tuple[ReadSite, ...]
+    tail: Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch vocab"]]
+    final: Port
+    head: Port
+    patterns: tuple[Port, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Width of the stream."""
+        weight = next(site.weight for site in self.read_sites if site.weight is not None)
+        return weight.shape[1]
+
+    def writes_before(self, site: ReadSite) -> int:
+        """How many writers, from the first, can reach a reader of this site."""
+        reachable = self.graph.mask[:, site.columns].any(1).nonzero()
+        return int(reachable.max()) + 1 if len(reachable) else 0
+
+    def expand_difference(
+        self, values: tuple[Tensor, ...], others: tuple[Tensor, ...]
+    ) -> Float[Tensor, "src batch pos d"]:
+        """What all writers wrote in one run minus what they wrote in another."""
+        out: Tensor | None = None
+        for site, a, b in zip(self.write_sites, values, others, strict=True):
+            part = site.difference(a, b)
+            if out is None:
+                out = part.new_empty(len(self.graph.sources), *part.shape[1:])
+            out[site.rows] = part
+        assert out is not None
+        return out
+
+
+def transformer_graph(
+    n_layers: int, n_heads: int, n_kv: int, *, attention: bool = True, mlp: bool = True, parallel: bool = False
+) -> Graph:
+    """Writers and readers of a decoder: ``input``, heads, MLPs; q per head, k and v per key/value head, MLPs, ``logits``.
+
+    >>> graph = transformer_graph(12, 12, 12)
+    >>> len(graph.sources), len(graph.destinations), graph.n_edges
+    (157, 445, 32491)
+    """
+    from circuitkit.graph import Node
+
+    sources, destinations = [Node("input", "input", -1, 0)], []
+    sees: list[int] = []
+    feeds: list[tuple[int, int]] = []
+    for layer in range(n_layers):
+        before = len(sources)
+        if attention:
+            first = len(sources)
+            kind, stem = ("kv", f"a{layer}.kv") if n_kv != n_heads else ("head", f"a{layer}.h")
+            sources += [Node(f"a{layer}.h{h}", "head", layer, 2 * layer + 1, h) for h in range(n_heads)]
+            for h in range(n_heads):
+                feeds.append((len(destinations), first + h))
+                destinations.append(Node(f"a{layer}.h{h}<q>", "head", layer, 2 * layer + 1, h, "q"))
+            for slot in "kv":
+                for g in range(n_kv):
+                    members = range(g * n_heads // n_kv, (g + 1) * n_heads // n_kv)
+                    feeds += [(len(destinations), first + h) for h in members]
+                    destinations.append(Node(f"{stem}{g}<{slot}>", kind, layer, 2 * layer + 1, g, slot))
+            sees += [before] * (n_heads + 2 * n_kv)
+        if mlp:
+            sees.append(before if parallel else len(sources))
+            feeds.append((len(destinations), len(sources)))
+            destinations.append(Node(f"m{layer}", "mlp", layer, 2 * layer + 2))
+            sources.append(Node(f"m{layer}", "mlp", layer, 2 * layer + 2))
+    sees.append(len(sources))
+    destinations.append(Node("logits", "logits", n_layers, 2 * n_layers + 1))
+    mask = torch.arange(len(sources))[:, None] < torch.tensor(sees)[None, :]
+    fed = torch.zeros(len(destinations), len(sources), dtype=torch.bool)
+    for dst, src in feeds:
+        fed[dst, src] = True
+    return Graph(tuple(sources), tuple(destinations), mask, fed)

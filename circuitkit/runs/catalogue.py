@@ -1,0 +1,92 @@
+"""What can be named on the command line, with one line on each."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from circuitkit.errors import UnknownName
+from circuitkit.runs.options import options_of
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered name.
+
+    Args:
+        line: what it is, in one line.
+        thing: the registered function, or None for a model.
+    """
+
+    line: str
+    thing: Callable[..., Any] | None = None
+
+
+def catalogue(kind: str) -> dict[str, Entry]:
+    """The names of one kind: ``models``, ``tasks``, ``methods`` or ``formats``."""
+    if kind == "models":
+        from circuitkit.models.zoo import zoo_names
+
+        return {name: Entry(_model_line(name)) for name in zoo_names()}
+    return {name: Entry(_first_line(thing), thing) for name, thing in _registry(kind).items()}
+
+
+def page(name: str) -> tuple[Callable[..., Any], str]:
+    """A method or a task, and everything its file says about it.
+
+    Raises:
+        UnknownName: if neither has that name.
+    """
+    methods, tasks = _registry("methods"), _registry("tasks")
+    if name not in tasks or name in methods:
+        try:
+            thing = methods[name]
+        except UnknownName as error:
+            raise UnknownName(f"{error}; tasks: {', '.join(tasks)}") from error
+    else:
+        thing = tasks[name]
+    module = sys.modules[thing.__module__].__doc__ or ""
+    return thing, f"{name}\n\n{inspect.cleandoc(module or thing.__doc__ or '')}"
+
+
+def option_lines(thing: Callable[..., Any] | None) -> list[str]:
+    """The options of a method or task, one line each."""
+    if thing is None:
+        return []
+    lines = []
+    for option in options_of(thing).values():
+        default = "required" if option.default is inspect.Parameter.empty else f"default {option.default}"
+        lines.append(f"{option.flag}  {option.expects} ({default})")
+    return lines
+
+
+def _registry(kind: str) -> Mapping[str, Any]:
+    if kind == "methods":
+        from circuitkit.methods.base import METHODS
+
+        return METHODS
+    if kind == "tasks":
+        from circuitkit.tasks.base import TASKS
+
+        return TASKS
+    from circuitkit.exporters.base import EXPORTERS
+
+    return EXPORTERS
+
+
+def _first_line(thing: Any) -> str:
+    text = inspect.getdoc(thing) or sys.modules[thing.__module__].__doc__ or ""
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def _model_line(name: str) -> str:
+    family = name.partition("/")[0].partition("-")[0]
+    return {
+        "stories260k": "5-layer story model by Andrej Karpathy, trained on TinyStories",
+        "induction": "2-layer attention-only model with an induction head",
+        "modadd": "adds two numbers modulo 59",
+        "tracr": "a compiled program whose circuit is known exactly",
+    }.get(family, "")

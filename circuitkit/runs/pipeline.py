@@ -1,0 +1,118 @@
+"""The main job in one call: score every edge, choose a circuit, measure what it does."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any, Literal
+
+from circuitkit.circuit import Circuit, Scores
+from circuitkit.errors import OptionError
+from circuitkit.evaluation.faithfulness import evaluate
+from circuitkit.methods.base import METHODS, score
+from circuitkit.models.base import Model, load
+from circuitkit.runs.options import options_of
+from circuitkit.runs.provenance import data_sha256, model_sha256, versions
+from circuitkit.tasks.base import Batch, Task, make
+
+Selection = Literal["top", "grow"]
+
+
+def find(
+    model: Model | str,
+    task: Task | str,
+    *,
+    method: str = "eap-ig",
+    edges: int = 100,
+    selection: Selection = "top",
+    absolute: bool = True,
+    batch_size: int | Literal["auto"] = "auto",
+    budget: int | str | None = None,
+    progress: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Circuit:
+    """The circuit of a behaviour, with its scores, its measured faithfulness and where it came from.
+
+    Args:
+        model: a loaded model, or whatever `circuitkit.load` takes.
+        task: a task, or the name of one.
+        method: how edges are scored.
+        edges: how many edges the circuit may have.
+        selection: ``top`` takes the strongest connected edges, ``grow`` adds the best from the logits on.
+        absolute: rank edges by magnitude (True), or only by how much they support the behaviour (False).
+        batch_size: examples at a time.
+        budget: memory that activations may take, in bytes or as text such as ``"4GiB"``.
+        progress: show progress bars.
+        seed: seed of the task (where it is given by name), of the random circuits and of the bootstrap.
+        options: the method's own options.
+
+    Raises:
+        UnknownName: for a method or task that is not registered.
+        OptionError: for an option out of range.
+    """
+    check_selection(selection)
+    known = METHODS[method]
+    model = load(model) if isinstance(model, str) else model
+    task = make(task, model, seed=seed) if isinstance(task, str) else task
+    common: dict[str, Any] = {"batch_size": batch_size, "budget": budget, "progress": progress, "seed": seed}
+    began = time.perf_counter()
+    scores = score(model, task, method=method, **common, **options)
+    scored = time.perf_counter()
+    circuit = (
+        scores.grow(edges, absolute=absolute) if selection == "grow" else scores.top(edges, absolute=absolute)
+    )
+    shared = {
+        name: value
+        for name, value in options.items()
+        if name in options_of(evaluate) and name in options_of(known)
+    }
+    result = evaluate(model, task, circuit, **common, **shared)
+    ended = time.perf_counter()
+    meta = {
+        **_where_from(model, task, scores),
+        "selection": selection if absolute else f"{selection}, signed",
+        "edges": edges,
+        "seed": seed,
+        "seconds": {"score": round(scored - began, 3), "evaluate": round(ended - scored, 3)},
+    }
+    return replace(circuit, scores=scores, result=result, meta=meta)
+
+
+def check_selection(selection: str) -> None:
+    """Refuse a way of choosing edges that does not exist, before anything is computed."""
+    if selection not in ("top", "grow"):
+        raise OptionError(f"got selection {selection!r}, expected 'top' or 'grow'")
+
+
+def _where_from(model: Model, task: Task, scores: Scores) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "task": task.name,
+        "n": len(task),
+        "metric": task.metric.name,
+        "method": scores.method,
+        "options": dict(scores.options),
+        "versions": versions(),
+        "model_sha256": model_sha256(model.module),
+        "data_sha256": data_sha256(task),
+        "example": _example(model, task.batches[0]),
+    }
+
+
+def _example(model: Model, batch: Batch) -> dict[str, list[str]]:
+    """The first pair of a task as token strings, for the page that shows the circuit."""
+    row = batch.rows(slice(0, 1))
+    length = int(row.lengths[0])
+    ids = {
+        "clean": row.clean[0, :length],
+        "corrupt": row.corrupt[0, :length],
+        "right": row.right.flatten(),
+        "wrong": row.wrong.flatten(),
+    }
+    return {name: [_token(model, int(i)) for i in values.tolist() if i >= 0] for name, values in ids.items()}
+
+
+def _token(model: Model, index: int) -> str:
+    tokenizer = model.tokenizer
+    return str(index) if tokenizer is None else str(tokenizer.decode([index]))

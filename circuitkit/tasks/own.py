@@ -1,0 +1,255 @@
+"""A behaviour stated by the user: token ids, pairs of texts, or a CSV file. Rows are counted from 0.
+
+Padding stands on the right, whatever side the tokenizer pads on: a causal model's real positions cannot see it. For a
+model that is not causal (``model.causal`` is False) the rows are grouped by length, so that no batch has padding.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from circuitkit.errors import FormatError, TaskError
+from circuitkit.functional.metrics import METRICS, Metric
+from circuitkit.shapes import Tokens
+from circuitkit.tasks import rows as checked
+from circuitkit.tasks.base import Batch, Task, Vocabulary
+from circuitkit.tasks.text import answer_ids, encode, pad_right, show_tokens
+
+
+def from_tokens(
+    clean: Tokens,
+    corrupt: Tokens,
+    right: Any,
+    wrong: Any = None,
+    *,
+    lengths: Any = None,
+    positions: Any = None,
+    target: Any = None,
+    metric: str | Metric = "logit-diff",
+    name: str = "own",
+    vocab: Vocabulary | None = None,
+    known: Sequence[str] | None = None,
+) -> Task:
+    """A task from token ids.
+
+    Args:
+        clean: inputs that show the behaviour, ``[n, pos]``, padded on the right with anything.
+        corrupt: inputs of the same lengths that do not.
+        right: ids counted as right: ``[n]``, ``[n, k]`` or ``[n, answer, k]`` (lists may be ragged, -1 is unused);
+            None for a metric that needs none.
+        wrong: ids counted as wrong, in the same forms.
+        lengths: real tokens in each row; default: all.
+        positions: where the answer is read, ``[n]`` or ``[n, answer]``; default: the last real token.
+        target: numbers that a numerical output should equal: ``[n]``, ``[n, answer]`` or ``[n, answer, vocab]``.
+        metric: a registered name, or a `Metric`.
+        name: what the task is called.
+        vocab: the model, to check ids and lengths against what it can read.
+        known: names of the edges of the known circuit.
+
+    Raises:
+        TaskError: if the behaviour is not well stated; the message names the row.
+        UnknownName: for a metric that is not registered.
+
+    >>> task = from_tokens([[1, 2], [3, 4]], [[1, 5], [3, 5]], right=[7, 8], wrong=[8, 7])
+    >>> task, task.batches[0].right.shape
+    (Task(own, 2 pairs, logit-diff), torch.Size([2, 1, 1]))
+    """
+    measure = METRICS[metric] if isinstance(metric, str) else metric
+    inputs, others = checked.token_matrix(clean, "clean"), checked.token_matrix(corrupt, "corrupt")
+    if inputs.shape != others.shape:
+        raise TaskError(
+            f"clean is {tuple(inputs.shape)} and corrupt {tuple(others.shape)}, expected the same number of rows and tokens"
+        )
+    real = checked.real_lengths(lengths, inputs)
+    where = checked.answer_positions(positions, real)
+    inputs, others = checked.inputs(inputs, real, vocab, "clean"), checked.inputs(others, real, vocab, "corrupt")
+    size = checked.output_size(vocab)
+    batch = Batch(
+        clean=inputs,
+        corrupt=others.to(inputs.device),
+        lengths=real,
+        positions=where,
+        right=checked.answers(right, where, size, "right"),
+        wrong=checked.answers(wrong, where, size, "wrong"),
+        target=checked.numbers(target, where),
+    )
+    _check_differs(batch)
+    checked.check_needs(measure, batch)
+    checked.check_overlap(batch)
+    ragged = int(real.min()) != int(real.max())
+    parts = _by_length(batch) if ragged and not getattr(vocab, "causal", True) else (batch,)
+    return Task(name, parts, measure, tuple(known) if known is not None else None)
+
+
+def from_pairs(
+    model: Vocabulary,
+    clean: Sequence[str],
+    corrupt: Sequence[str],
+    right: Any,
+    wrong: Any = None,
+    *,
+    metric: str | Metric = "logit-diff",
+    name: str = "own",
+    prepend_bos: bool | None = None,
+    known: Sequence[str] | None = None,
+) -> Task:
+    """A task from pairs of texts; the answer is the token that follows.
+
+    Args:
+        model: whose tokenizer is used.
+        clean: texts that show the behaviour.
+        corrupt: texts of as many tokens that do not.
+        right: for each row the right answer or a list of them, with its leading space; one string serves all rows.
+        wrong: the wrong answers, likewise.
+        metric: a registered name, or a `Metric`.
+        name: what the task is called.
+        prepend_bos: True puts a BOS token first, False leaves it out, None does what the tokenizer does.
+        known: names of the edges of the known circuit.
+
+    Raises:
+        TaskError: if the behaviour is not well stated; the message names the row.
+        UnknownName: for a metric that is not registered.
+    """
+    clean, corrupt = _texts(clean, "clean"), _texts(corrupt, "corrupt")
+    if len(clean) != len(corrupt):
+        raise TaskError(f"got {len(clean)} clean and {len(corrupt)} corrupt texts, expected as many of each")
+    inputs, others = encode(model, clean, prepend_bos=prepend_bos), encode(model, corrupt, prepend_bos=prepend_bos)
+    for row, (a, b) in enumerate(zip(inputs, others, strict=True)):
+        if len(a) != len(b):
+            raise TaskError(
+                f"row {row}: clean has {len(a)} tokens and corrupt {len(b)}, expected as many: "
+                f"clean {show_tokens(model, a)}, corrupt {show_tokens(model, b)}"
+            )
+    tokens, lengths = pad_right(inputs)
+    return from_tokens(
+        tokens,
+        pad_right(others)[0],
+        _answer_rows(model, clean, right, "right"),
+        _answer_rows(model, clean, wrong, "wrong"),
+        lengths=lengths,
+        metric=metric,
+        name=name,
+        vocab=model,
+        known=known,
+    )
+
+
+def from_csv(
+    model: Vocabulary,
+    path: str | Path,
+    *,
+    clean: str = "clean",
+    corrupt: str = "corrupt",
+    right: str = "right",
+    wrong: str | None = "wrong",
+    separator: str | None = None,
+    metric: str | Metric = "logit-diff",
+    name: str | None = None,
+    prepend_bos: bool | None = None,
+) -> Task:
+    """A task from a CSV file (UTF-8, with a header), one pair per row.
+
+    Args:
+        model: whose tokenizer is used.
+        path: the file.
+        clean: name of the column of clean texts.
+        corrupt: name of the column of corrupt texts.
+        right: name of the column of right answers, each with its leading space.
+        wrong: name of the column of wrong answers; may be missing if the metric needs none.
+        separator: what stands between several answers in one cell; None: a cell is one answer.
+        metric: a registered name, or a `Metric`.
+        name: what the task is called; default: the file's name.
+        prepend_bos: True puts a BOS token first, False leaves it out, None does what the tokenizer does.
+
+    Raises:
+        FormatError: if the file is missing or not such a table.
+        TaskError: if a column is missing, or the behaviour is not well stated; the message names the row.
+    """
+    columns = _read_columns(Path(path))
+    measure = METRICS[metric] if isinstance(metric, str) else metric
+    if wrong not in columns and "wrong" not in measure.needs:
+        wrong = None
+    chosen: dict[str, list[str] | None] = {}
+    for role, column in {"clean": clean, "corrupt": corrupt, "right": right, "wrong": wrong}.items():
+        chosen[role] = None if column is None else _column(columns, column, path)
+    for role in ("right", "wrong"):
+        cells = chosen[role]
+        if separator is not None and cells is not None:
+            chosen[role] = [cell.split(separator) for cell in cells]  # type: ignore[misc]
+    return from_pairs(
+        model,
+        chosen["clean"] or [],
+        chosen["corrupt"] or [],
+        chosen["right"],
+        chosen["wrong"],
+        metric=measure,
+        name=name or Path(path).stem,
+        prepend_bos=prepend_bos,
+    )
+
+
+def _texts(texts: Any, what: str) -> list[str]:
+    rows = [texts] if isinstance(texts, str) else list(texts)
+    if not rows:
+        raise TaskError(f"{what} is empty, expected at least one pair")
+    return rows
+
+
+def _answer_rows(model: Vocabulary, contexts: list[str], answers: Any, what: str) -> list[list[int]] | None:
+    if answers is None:
+        return None
+    rows = [answers] * len(contexts) if isinstance(answers, str) else list(answers)
+    if len(rows) != len(contexts):
+        raise TaskError(f"got {len(contexts)} pairs and {len(rows)} rows of {what} answers, expected as many")
+    per_row = [[row] if isinstance(row, str) else list(row) for row in rows]
+    owner = [i for i, row in enumerate(per_row) for _ in row]
+    flat = [answer for row in per_row for answer in row]
+    ids = iter(answer_ids(model, [contexts[i] for i in owner], flat, rows=owner))
+    return [[next(ids) for _ in row] for row in per_row]
+
+
+def _read_columns(path: Path) -> dict[str, list[str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            header, *body = list(reader) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise FormatError(f"cannot read {path} as a CSV file in UTF-8: {error}") from error
+    for row, cells in enumerate(body):
+        if len(cells) != len(header):
+            raise FormatError(f"{path}, row {row}: got {len(cells)} cells, expected the header's {len(header)}")
+    return {column: [cells[i] for cells in body] for i, column in enumerate(header)}
+
+
+def _column(columns: dict[str, list[str]], name: str, path: str | Path) -> list[str]:
+    if name in columns:
+        return columns[name]
+    near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise TaskError(f"{path} has no column {name!r}{hint} Its columns: {', '.join(columns) or 'none'}")
+
+
+def _check_differs(batch: Batch) -> None:
+    same = (batch.clean == batch.corrupt).all(1).nonzero().flatten().tolist()
+    if len(same) == len(batch):
+        raise TaskError("clean and corrupt are the same in every row, so nothing can be scored; change the corrupt inputs")
+    if same:
+        some = ", ".join(map(str, same[:8])) + (", ..." if len(same) > 8 else "")
+        warnings.warn(
+            f"clean and corrupt are the same in {len(same)} of {len(batch)} rows ({some}); these pairs score 0",
+            stacklevel=3,
+        )
+
+
+def _by_length(batch: Batch) -> tuple[Batch, ...]:
+    parts = []
+    for length in sorted(set(batch.lengths.tolist())):
+        rows = batch.rows((batch.lengths == length).nonzero().flatten())
+        parts.append(replace(rows, clean=rows.clean[:, :length], corrupt=rows.corrupt[:, :length]))
+    return tuple(parts)

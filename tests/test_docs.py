@@ -1,0 +1,44 @@
+"""Every Python block of the README and of docs/ runs, in order, one namespace per file.
+
+A block that cannot run here opens with ```python no-run.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"^```python[ \t]*(?P<flag>[\w-]*)[ \t]*\n(?P<code>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL
+)
+LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<target>[^)#\s]+)")
+
+named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@named
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    namespace = {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        if block["flag"] == "no-run":
+            continue
+        assert not block["flag"], f"unknown flag {block['flag']!r}"
+        # Blank lines in front, so that a traceback shows the line of the page.
+        line = text.count("\n", 0, block.start("code"))
+        exec(compile("\n" * line + block["code"], str(page), "exec"), namespace)
+
+
+@named
+def test_links_lead_somewhere(page):
+    for link in LINK.finditer(page.read_text()):
+        assert (page.parent / link["target"]).exists(), (
+            f"{page.name} links to {link['target']}, which is not there"
+        )
+
+
+def test_the_readme_has_an_example():
+    assert BLOCK.search((ROOT / "README.md").read_text())
