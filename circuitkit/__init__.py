@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from circuitkit.graph import Graph
     from circuitkit.methods.activation_patching import activation_patching
     from circuitkit.methods.base import score
-    from circuitkit.models.base import Model, load
+    from circuitkit.models.base import load
+    from circuitkit.models.hooked import Model
     from circuitkit.runs.pipeline import find
     from circuitkit.tasks.base import Batch, Task
     from circuitkit.tasks.base import make as task
@@ -47,7 +48,7 @@ _HOMES = {
     "Circuit": "circuitkit.circuit",
     "CircuitKitError": "circuitkit.errors",
     "Graph": "circuitkit.graph",
-    "Model": "circuitkit.models.base",
+    "Model": "circuitkit.models.hooked",
     "Result": "circuitkit.circuit",
     "Scores": "circuitkit.circuit",
     "Task": "circuitkit.tasks.base",

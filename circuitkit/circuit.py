@@ -1,4 +1,4 @@
-"""What travels between the stages: `Scores` (every edge), `Circuit` (the chosen edges), `Result` (what it does).
+"""What travels between the stages: `Scores` (every edge) and `Circuit` (the chosen edges).
 
 The sign of a score, everywhere: ``M(clean) - M(clean, with this edge carrying its corrupt value)``; positive edges
 support the behaviour. Mean over examples, sum over positions and width.
@@ -18,7 +18,10 @@ from torch import Tensor
 from circuitkit.errors import GraphError, OptionError
 from circuitkit.functional import select
 from circuitkit.graph import Graph
+from circuitkit.result import CurvePoint, NodeScores, Result
 from circuitkit.shapes import EdgeMask, EdgeMatrix
+
+__all__ = ["Circuit", "CurvePoint", "NodeScores", "Result", "Scores"]
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,9 +57,7 @@ class Scores:
 
     def __post_init__(self) -> None:
         if self.values.shape != self.graph.mask.shape:
-            raise GraphError(
-                f"scores have shape {tuple(self.values.shape)}, the graph {tuple(self.graph.mask.shape)}"
-            )
+            raise GraphError(f"scores have shape {tuple(self.values.shape)}, the graph {tuple(self.graph.mask.shape)}")
 
     def top(self, n: int, *, absolute: bool = True) -> Circuit:
         """The circuit of the ``n`` highest edges, every one on a path from the input to the logits.
@@ -196,14 +197,28 @@ class Circuit:
             stderr = math.nan if self.stderr is None else float(self.stderr[i])
             slot = self.graph.destination_nodes[int(self.dst[i])].slot or ""
             out.add_edge(
-                source, destination, id=name, kind="edge", slot=slot, score=score, stderr=stderr, weight=abs(score)
+                source,
+                destination,
+                id=name,
+                kind="edge",
+                slot=slot,
+                score=score,
+                stderr=stderr,
+                weight=abs(score),
             )
         for reader, writer in self.graph.feeds.nonzero().tolist():
             inner, outer = self.graph.destinations[reader], self.graph.sources[writer]
             if inner != outer and inner in out and outer in out:
                 slot = self.graph.destination_nodes[reader].slot or ""
                 out.add_edge(
-                    inner, outer, id=f"{inner}->{outer}", kind="internal", slot=slot, score=0.0, stderr=0.0, weight=0.0
+                    inner,
+                    outer,
+                    id=f"{inner}->{outer}",
+                    kind="internal",
+                    slot=slot,
+                    score=0.0,
+                    stderr=0.0,
+                    weight=0.0,
                 )
         return out
 
@@ -260,80 +275,3 @@ class Circuit:
         nodes = len(set(self.src.tolist()))
         tail = f", faithfulness {self.result.faithfulness:.3f}" if self.result and self.result.defined else ""
         return f"Circuit({len(self)} of {self.graph.n_edges} edges, {nodes} sources{tail})"
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Faithfulness at one size of circuit.
-
-    Args:
-        fraction: nominal share of all edges, as MIB counts it.
-        n_edges: edges left after pruning the dangling ones.
-        faithfulness: normalised; None where it is undefined.
-        absolute: whether edges were ranked by magnitude (True) or by signed score (False).
-    """
-
-    fraction: float
-    n_edges: int
-    faithfulness: float | None
-    absolute: bool
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a circuit was measured to do on a task. Metric means are over examples.
-
-    Args:
-        task: the task's name.
-        metric: the metric's name; bigger means the behaviour is done better.
-        corrupt_value: what removed edges carry: counterfactual, mean or zero.
-        clean: metric of the whole model on clean inputs.
-        corrupt: metric with every edge removed.
-        circuit: metric with the edges outside the circuit removed.
-        faithfulness: (circuit - corrupt) / (clean - corrupt), a ratio of means; None if clean equals corrupt.
-        faithfulness_interval: 95 % bootstrap interval over examples, or None.
-        random_faithfulness: mean over random connected circuits of the same number of edges, or None.
-        random_interval: lowest and highest of those, or None.
-        n_edges: edges in the circuit.
-        n_possible: edges in the graph.
-        n_examples: examples measured.
-        curve_points: faithfulness at the sizes of MIB's grid, signed and absolute; empty if no ranking was known.
-        cpr: area under the signed curve (MIB's circuit performance ratio), or None.
-        cmd: area between the absolute curve and 1 (MIB's circuit-model distance), or None.
-        log_area: area under the signed curve over log10 of the size, divided by its width, or None.
-        known: AUROC of the ranking and precision and recall of the circuit against the known circuit, or None.
-        seconds: wall-clock time of the evaluation.
-        seed: seed of the random circuits and the bootstrap.
-    """
-
-    task: str
-    metric: str
-    corrupt_value: str
-    clean: float
-    corrupt: float
-    circuit: float
-    faithfulness: float | None
-    faithfulness_interval: tuple[float, float] | None
-    random_faithfulness: float | None
-    random_interval: tuple[float, float] | None
-    n_edges: int
-    n_possible: int
-    n_examples: int
-    curve_points: tuple[CurvePoint, ...] = ()
-    cpr: float | None = None
-    cmd: float | None = None
-    log_area: float | None = None
-    known: Mapping[str, float] | None = None
-    seconds: float = 0.0
-    seed: int = 0
-
-    @property
-    def defined(self) -> bool:
-        """Whether faithfulness has a meaning: clean and corrupt metrics differ."""
-        return self.faithfulness is not None
-
-    def curve(self) -> go.Figure:
-        """Faithfulness against circuit size as a plotly figure."""
-        from circuitkit.figures.curve import faithfulness_curve
-
-        return faithfulness_curve(self)

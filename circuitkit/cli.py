@@ -10,13 +10,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from circuitkit.errors import CircuitKitError
+from circuitkit.runs import arguments as arg
 
 USER_ERROR, STOPPED = 2, 130
 
@@ -27,23 +28,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-BatchSize = Annotated[str, typer.Option(help="Examples at a time: a number, or auto.")]
-Budget = Annotated[str | None, typer.Option(help="Memory that activations may take, such as 4GiB.")]
-Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
-Seed = Annotated[int, typer.Option(help="Seed of the task, the random circuits and the bootstrap.")]
-ModelName = Annotated[
-    str, typer.Argument(help="A name from [bold]circuitkit list models[/], a local folder or a hub id.")
-]
-TaskName = Annotated[str, typer.Argument(help="A name from [bold]circuitkit list tasks[/].")]
-Method = Annotated[str, typer.Option(help="A name from [bold]circuitkit list methods[/].")]
-Pairs = Annotated[int, typer.Option("--n", min=1, help="How many pairs the task draws.")]
-Edges = Annotated[int, typer.Option(min=1, help="How many edges the circuit may have.")]
-Selection = Annotated[
-    Literal["top", "grow"], typer.Option(help="Strongest connected edges, or best first from the logits.")
-]
-CircuitPath = Annotated[Path, typer.Argument(help="A circuit.json, or the run folder that holds it.")]
 
 # What is left over belongs to the method or the task, whose options are known only once they are loaded.
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -59,9 +43,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def circuitkit(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """From a trained network and a behaviour to a verified circuit."""
@@ -69,11 +51,9 @@ def circuitkit(
 
 @app.command("list")
 def list_names(
-    kind: Annotated[Literal["models", "tasks", "methods", "formats"], typer.Argument(help="What to list.")],
-    options: Annotated[
-        bool, typer.Option("--options", help="Show what each takes on the command line.")
-    ] = False,
-    as_json: Json = False,
+    kind: Annotated[arg.Kind, typer.Argument(help="What to list.")],
+    options: Annotated[bool, typer.Option("--options", help="Show what each takes.")] = False,
+    as_json: arg.Json = False,
 ) -> None:
     """The names that the other commands take."""
     from circuitkit.runs.catalogue import catalogue, option_lines
@@ -99,43 +79,38 @@ def help_on(name: Annotated[str, typer.Argument(help="A method or a task.")]) ->
 
     thing, text = page(name)
     lines = option_lines(thing) or ["none of its own"]
-    _out(Text(text + "\n\nOptions\n" + "\n".join(f"  {line}" for line in lines)))
+    sys.stdout.write("\n".join([text, "", "Options", *(f"  {line}" for line in lines), ""]))
 
 
 @app.command(context_settings=OPEN)
 def find(
     context: typer.Context,
-    model: ModelName,
-    task: TaskName,
-    method: Method = "eap-ig",
-    edges: Edges = 100,
-    selection: Selection = "top",
-    signed: Annotated[
-        bool, typer.Option("--signed", help="Rank by signed score instead of magnitude.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/MODEL-TASK-METHOD if not given.")] = None,
-    n: Pairs = 64,
-    seed: Seed = 0,
-    batch_size: BatchSize = "auto",
-    budget: Budget = None,
-    progress: Progress = True,
-    as_json: Json = False,
+    model: arg.ModelName,
+    task: arg.TaskName,
+    method: arg.Method = "eap-ig",
+    edges: arg.Edges = 100,
+    selection: arg.Selection = "top",
+    signed: arg.Signed = False,
+    out: arg.RunFolder = None,
+    metric: arg.Metric = None,
+    n: arg.Pairs = 64,
+    seed: arg.Seed = 0,
+    batch_size: arg.BatchSize = "auto",
+    budget: arg.Budget = None,
+    progress: arg.Progress = True,
+    as_json: arg.Json = False,
 ) -> None:
     """Score every edge, keep the best, measure what they do, and write a run folder.
 
     Options of the method or the task follow, as in --steps 10; see them with [bold]circuitkit help METHOD[/].
     """
-    from circuitkit.runs.options import read_batch_size
     from circuitkit.runs.report import circuit_table
-    from circuitkit.runs.request import Request
+    from circuitkit.runs.request import Request, read_settings
     from circuitkit.runs.store import check_target, load_run, write_run
 
-    request = Request.read(model, task, method, n, seed, context.args)
-    settings: dict[str, Any] = {
-        "batch_size": read_batch_size(batch_size),
-        "budget": budget,
-        "progress": progress,
-    }
+    asked = {"model": model, "n": n, "seed": seed}
+    request = Request.read(context.args, task=task, method=method, metric=metric, **asked)
+    settings = read_settings(batch_size, budget, progress)
     folder = check_target(out or Path("runs", "-".join((Path(model).name, task, method))))
     circuit = request.find(edges=edges, selection=selection, absolute=not signed, **settings)
     write_run(folder, circuit)
@@ -149,30 +124,27 @@ def find(
 @app.command(context_settings=OPEN)
 def score(
     context: typer.Context,
-    model: ModelName,
-    task: TaskName,
+    model: arg.ModelName,
+    task: arg.TaskName,
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    method: Method = "eap-ig",
-    n: Pairs = 64,
-    seed: Seed = 0,
-    batch_size: BatchSize = "auto",
-    budget: Budget = None,
-    progress: Progress = True,
-    as_json: Json = False,
+    method: arg.Method = "eap-ig",
+    metric: arg.Metric = None,
+    n: arg.Pairs = 64,
+    seed: arg.Seed = 0,
+    batch_size: arg.BatchSize = "auto",
+    budget: arg.Budget = None,
+    progress: arg.Progress = True,
+    as_json: arg.Json = False,
 ) -> None:
     """Score every edge and write the scores only."""
-    from circuitkit.runs.options import read_batch_size
     from circuitkit.runs.report import score_table
-    from circuitkit.runs.request import Request
+    from circuitkit.runs.request import Request, read_settings
     from circuitkit.runs.store import check_file
     from circuitkit.schema import jsonable
 
-    request = Request.read(model, task, method, n, seed, context.args)
-    settings: dict[str, Any] = {
-        "batch_size": read_batch_size(batch_size),
-        "budget": budget,
-        "progress": progress,
-    }
+    asked = {"model": model, "n": n, "seed": seed}
+    request = Request.read(context.args, task=task, method=method, metric=metric, **asked)
+    settings = read_settings(batch_size, budget, progress)
     check_file(out)
     scores = request.score(**settings)
     scores.save(out)
@@ -185,29 +157,24 @@ def score(
 
 @app.command("eval")
 def evaluate(
-    circuit: CircuitPath,
+    circuit: arg.CircuitPath,
     model: Annotated[str | None, typer.Option(help="Another model with the same graph.")] = None,
     task: Annotated[str | None, typer.Option(help="Another task.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Another metric.")] = None,
+    metric: arg.Metric = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="How many pairs the task draws.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed: new pairs, new random circuits.")] = None,
-    batch_size: BatchSize = "auto",
-    budget: Budget = None,
-    progress: Progress = True,
-    as_json: Json = False,
+    batch_size: arg.BatchSize = "auto",
+    budget: arg.Budget = None,
+    progress: arg.Progress = True,
+    as_json: arg.Json = False,
 ) -> None:
     """Measure a saved circuit again, on its own task or another."""
-    from circuitkit.runs.options import read_batch_size
     from circuitkit.runs.report import result_table
-    from circuitkit.runs.request import evaluate_again
+    from circuitkit.runs.request import evaluate_again, read_settings
     from circuitkit.runs.store import circuit_file
     from circuitkit.schema import result_to_dict
 
-    settings: dict[str, Any] = {
-        "batch_size": read_batch_size(batch_size),
-        "budget": budget,
-        "progress": progress,
-    }
+    settings = read_settings(batch_size, budget, progress)
     path = circuit_file(circuit)
     result, note = evaluate_again(path, model=model, task=task, metric=metric, n=n, seed=seed, **settings)
     if as_json:
@@ -219,7 +186,7 @@ def evaluate(
 
 @app.command()
 def export(
-    circuit: CircuitPath,
+    circuit: arg.CircuitPath,
     out: Annotated[Path, typer.Argument(help="The file to write; its suffix names the format.")],
     format: Annotated[str | None, typer.Option(help="A name from [bold]circuitkit list formats[/].")] = None,
 ) -> None:
@@ -228,7 +195,7 @@ def export(
     from circuitkit.exporters.base import export as export_circuit
     from circuitkit.runs.store import circuit_file
 
-    export_circuit(Circuit.load(circuit_file(circuit)), out, format)
+    export_circuit(Circuit.load(circuit_file(circuit)), out, format=format)
     _out(Text(f"wrote {out}"))
 
 

@@ -49,7 +49,7 @@ KIND_NAMES = {
     "logits": "output",
 }
 WIDEST_ROW = 24
-_SAME_LAYER, _NEXT_LAYER, _WRAPPED = 0.9, 1.3, 0.7
+_SAME_LAYER, _NEXT_LAYER, _WRAPPED, _ARCS = 0.9, 1.3, 0.7, 0.6
 
 
 @dataclass(frozen=True)
@@ -195,12 +195,14 @@ def _place(nodes: list[Node], names: list[str], shared: set[str], ends: np.ndarr
     x[aside] = (np.abs(x[inside]).max() if len(inside) else 0.0) + 1.3
     height, y, previous = 0.0, np.zeros(len(nodes)), None
     places = sorted(set(zip(row.tolist(), line.tolist(), strict=True)))
+    arched = set(row[ends[row[ends[:, 0]] == row[ends[:, 1]]]].ravel().tolist())
     for place in places:
         here = (row == place[0]) & (line == place[1])
         layer = nodes[int(np.flatnonzero(here)[0])].layer
         if previous is not None:
             same_row, same_layer = previous[0] == place[0], previous[1] == layer
             height += _WRAPPED if same_row else _SAME_LAYER if same_layer else _NEXT_LAYER
+            height += _ARCS if place[0] in arched or previous[0] in arched else 0.0
         y[here], previous = height, (place[0], layer)
     kinds = ["kv" if name in shared else node.kind for node, name in zip(nodes, names, strict=True)]
     return tuple(

@@ -121,7 +121,9 @@ class Graph:
         if source not in self._source_index:
             raise GraphError(f"no source {source!r} in this graph; sources are {_some(self.sources)}")
         if destination not in self._destination_index:
-            raise GraphError(f"no destination {destination!r} in this graph; destinations are {_some(self.destinations)}")
+            raise GraphError(
+                f"no destination {destination!r} in this graph; destinations are {_some(self.destinations)}"
+            )
         row, column = self._source_index[source], self._destination_index[destination]
         if not self.mask[row, column]:
             raise GraphError(f"{name!r} is not a possible edge: {destination} does not read what {source} writes")

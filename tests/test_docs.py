@@ -18,7 +18,25 @@ LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<target>[^)#\s]+)")
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
+@pytest.fixture
+def registries_as_found(monkeypatch):
+    """Pages that show how to register something do not change what other tests see."""
+    from circuitkit.exporters.base import EXPORTERS, SUFFIXES
+    from circuitkit.functional.metrics import METRICS
+    from circuitkit.methods.base import METHODS
+    from circuitkit.tasks.base import TASKS
+
+    for registry in (EXPORTERS, METRICS, METHODS, TASKS):
+        len(registry)
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    before = dict(SUFFIXES)
+    yield
+    SUFFIXES.clear()
+    SUFFIXES.update(before)
+
+
 @named
+@pytest.mark.usefixtures("registries_as_found")
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = page.read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from circuitkit.circuit import Circuit, CurvePoint, Result, Scores
-from circuitkit.graph import Graph, Node, chain_graph
+from circuitkit.graph import Graph, Node
 
 
 def transformer_graph(n_layers: int = 2, n_heads: int = 2, n_kv: int | None = None, mlp: bool = True) -> Graph:

@@ -19,7 +19,7 @@ from torch import Tensor
 from circuitkit.circuit import Circuit, CurvePoint, Result, Scores
 from circuitkit.errors import GraphError
 from circuitkit.functional import select
-from circuitkit.functional.stats import auroc, bootstrap_ratio, trapezoid
+from circuitkit.functional.stats import auroc, bootstrap_mean, bootstrap_ratio, trapezoid
 from circuitkit.graph import Graph
 from circuitkit.methods.base import Plan, check_task, corrupt_writes, matrix_bytes, with_reference
 from circuitkit.models.edits import run_circuits
@@ -27,7 +27,7 @@ from circuitkit.models.hooked import Model, quiet
 from circuitkit.tasks.base import Task
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-N_RANDOM = 10
+N_RANDOM = 20
 
 
 def evaluate(
@@ -60,7 +60,9 @@ def evaluate(
     """
     start = time.perf_counter()
     if not circuit.graph.same_as(model.graph):
-        raise GraphError(f"this circuit is not of {model.name}: its graph has other nodes; load the model it was found in")
+        raise GraphError(
+            f"this circuit is not of {model.name}: its graph has other nodes; load the model it was found in"
+        )
     check_task(model, task)
     plan = Plan.of(batch_size, budget, progress, seed)
     scores = circuit.scores if curve else None
@@ -68,10 +70,12 @@ def evaluate(
         options = circuit.scores.options if circuit.scores else circuit.meta.get("options", {})
         corrupt_value = str(options.get("corrupt_value", "counterfactual"))
     curve_masks = [] if scores is None else _curve_masks(scores)
+    random_circuits = random_masks(circuit, seed)
+    n_random = len(random_circuits)
     masks = [
         torch.zeros_like(model.graph.mask),
         circuit.mask,
-        *random_masks(model.graph, len(circuit), seed),
+        *random_circuits,
         *(mask for _, _, mask in curve_masks),
     ]
     clean, values = circuit_metrics(model, task, torch.stack(masks), plan=plan, corrupt_value=corrupt_value)
@@ -79,9 +83,9 @@ def evaluate(
     known = None if task.known is None else _against_known(circuit, model.graph, task.known)
     points = tuple(
         CurvePoint(fraction, int(mask.sum()), f, absolute)
-        for (fraction, absolute, mask), f in zip(curve_masks, faithfulness[2 + N_RANDOM :], strict=True)
+        for (fraction, absolute, mask), f in zip(curve_masks, faithfulness[2 + n_random :], strict=True)
     )
-    random = [f for f in faithfulness[2 : 2 + N_RANDOM] if f is not None]
+    random = [f for f in faithfulness[2 : 2 + n_random] if f is not None]
     interval = None
     if faithfulness[1] is not None:
         interval = bootstrap_ratio(values[1] - values[0], clean - values[0], seed=seed)
@@ -99,6 +103,7 @@ def evaluate(
         n_edges=len(circuit),
         n_possible=model.graph.n_edges,
         n_examples=len(task),
+        gap_interval=bootstrap_mean(clean - values[0], seed=seed),
         curve_points=points,
         **_areas(points),
         known=known,
@@ -132,10 +137,17 @@ def circuit_metrics(
     return torch.cat(clean_parts), torch.cat(parts, 1)
 
 
-def random_masks(graph: Graph, n_edges: int, seed: int) -> list[Tensor]:
-    """Random connected circuits with about as many edges, all different."""
-    generator = torch.Generator().manual_seed(seed)
-    return [select.random_connected(n_edges, graph.mask, graph.feeds, generator) for _ in range(N_RANDOM)]
+def random_masks(circuit: Circuit, seed: int) -> list[Tensor]:
+    """Random connected circuits with about as many edges, the circuit itself left out."""
+    graph, generator = circuit.graph, torch.Generator().manual_seed(seed)
+    out: list[Tensor] = []
+    for _ in range(10 * N_RANDOM):
+        if len(out) == N_RANDOM:
+            break
+        mask = select.random_connected(len(circuit), graph.mask, graph.feeds, generator)
+        if not torch.equal(mask, circuit.mask):
+            out.append(mask)
+    return out
 
 
 def _curve_masks(scores: Scores) -> list[tuple[float, bool, Tensor]]:
@@ -175,7 +187,10 @@ def _areas(points: tuple[CurvePoint, ...]) -> dict[str, float | None]:
 def _against_known(circuit: Circuit, graph: Graph, known: tuple[str, ...]) -> dict[str, float | None]:
     truth = graph.edge_mask(known)
     hits = int((circuit.mask & truth).sum())
-    out = {"precision": hits / len(circuit) if len(circuit) else 0.0, "recall": hits / max(int(truth.sum()), 1)}
+    out: dict[str, float | None] = {
+        "precision": hits / len(circuit) if len(circuit) else 0.0,
+        "recall": hits / max(int(truth.sum()), 1),
+    }
     if circuit.scores is not None:
         out["auroc"] = auroc(circuit.scores.values[graph.mask].abs(), truth[graph.mask])
     return out

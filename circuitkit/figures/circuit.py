@@ -19,6 +19,7 @@ _WIDTHS = 6
 _STEPS = 16  # straight pieces of a curve
 _ARROW_AT = 10
 _MOST_ARROWS = 200
+_EFFECT = {False: "supports the behaviour", True: "opposes the behaviour"}
 
 
 def circuit_figure(circuit: Circuit, *, most: int = MOST_EDGES) -> go.Figure:
@@ -68,7 +69,8 @@ def _add_edges(figure: go.Figure, drawing: Drawing) -> None:
 
     if drawing.inner:
         points = [point for s, t in drawing.inner for point in (*_straight(drawing.boxes[s], drawing.boxes[t]), None)]
-        figure.add_trace(_line(points, PALETTE["neutral"], 1, 0.8, "key/value head of", dash="dot", legend=True))
+        inner = _line(points, PALETTE["neutral"], 1, 0.8, "key/value head of", dash="dot")
+        figure.add_trace(inner.update(showlegend=True))
     largest = max((abs(curve.score) for curve in drawing.curves if math.isfinite(curve.score)), default=0.0) or 1.0
     bins: dict[tuple[bool, int], list[Curve]] = {}
     for curve in drawing.curves:
@@ -76,17 +78,17 @@ def _add_edges(figure: go.Figure, drawing: Drawing) -> None:
         bins.setdefault((curve.score < 0, min(_WIDTHS - 1, int(share**0.5 * _WIDTHS))), []).append(curve)
     crowd = min(1.0, (150 / max(len(drawing.curves), 1)) ** 0.5)
     arrows = len(drawing.curves) <= _MOST_ARROWS
-    named: set[bool] = set()
-    for (negative, level), curves in sorted(bins.items(), key=lambda item: item[0][1], reverse=True):
+    for (negative, level), curves in sorted(bins.items(), key=lambda item: item[0][1]):
         share = (level + 0.5) / _WIDTHS
         points = [point for curve in curves for point in (*_bezier(drawing, curve), None)]
         opacity = min(0.95, (0.3 + 0.65 * share) * (crowd + (1 - crowd) * share))
-        name = "opposes the behaviour" if negative else "supports the behaviour"
         colour = PALETTE["negative" if negative else "positive"]
         figure.add_trace(
-            _line(points, colour, 0.8 + 6.5 * share**1.6, opacity, name, legend=negative not in named, arrows=arrows)
+            _line(points, colour, 0.8 + 6.5 * share**1.6, opacity, _EFFECT[negative], arrows=arrows)
         )
-        named.add(negative)
+    for negative in sorted({negative for negative, _ in bins}):
+        key = _line([None], PALETTE["negative" if negative else "positive"], 4, 1, _EFFECT[negative])
+        figure.add_trace(key.update(showlegend=True))
     middles = [_at(drawing, curve, 0.5) for curve in drawing.curves]
     figure.add_trace(
         go.Scatter(
@@ -140,7 +142,6 @@ def _line(
     name: str,
     *,
     dash: str = "solid",
-    legend: bool,
     arrows: bool = False,
 ) -> go.Scatter:
     import plotly.graph_objects as go
@@ -157,7 +158,7 @@ def _line(
         hoverinfo="skip",
         name=name,
         legendgroup=name,
-        showlegend=legend,
+        showlegend=False,
     )
 
 

@@ -21,7 +21,7 @@ def check_corrupt_value(name: str) -> None:
 
 def task_mean(
     values: Iterable[tuple[Float[Tensor, "batch pos *rest"], Int[Tensor, " batch"]]], *, per_position: bool
-) -> Float[Tensor, "pos *rest"]:
+) -> Float[Tensor, pos * rest]:
     """Mean of an activation over examples and real positions, or over examples at each position.
 
     Args:
@@ -40,8 +40,9 @@ def task_mean(
         real = real.reshape(*real.shape, *[1] * (x.dim() - 2))
         part, n = (x.double() * real).sum(0), real.double().sum(0)
         longest = max(len(total), len(part))
-        total, count = _longer(total, longest, part) + _longer(part, longest, part), _longer(count, longest, n) + _longer(
-            n, longest, n
+        total, count = (
+            _longer(total, longest, part) + _longer(part, longest, part),
+            _longer(count, longest, n) + _longer(n, longest, n),
         )
     if not per_position:
         total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)

@@ -16,7 +16,7 @@ Ends = Int[np.ndarray, "edge two"]
 COUNTED_EDGES = 600
 
 
-def layered_x(row: Rows, edges: Ends, weight: Float[np.ndarray, "edge"], *, sweeps: int = 8) -> Positions:
+def layered_x(row: Rows, edges: Ends, weight: Float[np.ndarray, edge], *, sweeps: int = 8) -> Positions:
     """Horizontal places from weighted barycentres, swept up and down; never more crossings than the given order.
 
     A sweep moves each node to the mean place of its neighbours in the rows already passed, weighted by ``weight``
@@ -62,7 +62,7 @@ def crossings(x: Positions, y: np.ndarray, edges: Ends) -> int:
     return int(np.triu(parted & parted.T, 1).sum())
 
 
-def wrap_rows(x: Positions, row: Rows, widest: int) -> tuple[Positions, Int[np.ndarray, "node"]]:
+def wrap_rows(x: Positions, row: Rows, widest: int) -> tuple[Positions, Int[np.ndarray, node]]:
     """Break rows of more than ``widest`` nodes into lines of nearly equal length: new places, and each node's line.
 
     >>> x, line = wrap_rows(np.array([-1.5, -0.5, 0.5, 1.5]), np.zeros(4, dtype=int), 2)
@@ -81,9 +81,7 @@ def wrap_rows(x: Positions, row: Rows, widest: int) -> tuple[Positions, Int[np.n
     return x, line
 
 
-def _settle(
-    x: Positions, row: Rows, edges: Ends, weight: np.ndarray, level: int, upward: bool
-) -> Positions:
+def _settle(x: Positions, row: Rows, edges: Ends, weight: np.ndarray, level: int, upward: bool) -> Positions:
     """Reorder one row by the weighted mean place of its neighbours below (upward) or above it."""
     total, mass = np.zeros(len(x)), np.zeros(len(x))
     for here, there in ((0, 1), (1, 0)):

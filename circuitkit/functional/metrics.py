@@ -1,7 +1,7 @@
-"""How well the behaviour is done: one number per example from the logits at its answer positions. Bigger is better.
+"""How well the behaviour is done: one number per example from the logits at its answers. Bigger is better.
 
-Each formula is per answer position, then averaged over the positions of the example. All of it is computed in float32
-or better, whatever the dtype of the logits: a log-softmax in bfloat16 has two digits.
+Each formula is per answer position, then averaged over the positions of the example. All of it is computed in
+float32 or better, whatever the dtype of the logits: a log-softmax in bfloat16 has two digits.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Metric:
         """One finite number per example.
 
         Raises:
-            MetricError: if the batch lacks what the metric reads, or the function returns another shape, or a value
-                that is not finite.
+            MetricError: if the batch lacks what the metric reads, or the function returns another shape, or a
+                value that is not finite.
         """
         self._check_batch(logits, batch)
         values = self.function(logits, batch)
@@ -56,7 +56,8 @@ class Metric:
         return values
 
     def _check_batch(self, logits: Logits, batch: Any) -> None:
-        # Unchecked, a wrong shape would broadcast to a plausible number, and on a GPU a wrong id ends the process.
+        # Unchecked, a wrong shape would broadcast to a plausible number, and on a GPU a wrong id ends the
+        # process.
         for name in self.needs:
             value = getattr(batch, name, None)
             if value is None:
@@ -65,8 +66,8 @@ class Metric:
             size = logits.shape if per_class else logits.shape[:2]
             if value.shape[: len(size)] != size:
                 raise MetricError(
-                    f"metric {self.name!r}: batch.{name} is {tuple(value.shape)}, the logits {tuple(logits.shape)}; "
-                    "expected the same examples and answer positions"
+                    f"metric {self.name!r}: batch.{name} is {tuple(value.shape)}, the logits "
+                    f"{tuple(logits.shape)}; expected the same examples and answer positions"
                 )
             if not per_class and value.numel() and int(value.max()) >= logits.shape[-1]:
                 raise MetricError(f"batch.{name} has id {int(value.max())}, the model only {logits.shape[-1]} outputs")

@@ -72,7 +72,7 @@ class Norm:
     def part(
         self, addend: Float[Tensor, "*batch d"], inverse_sigma: Float[Tensor, "*batch 1"]
     ) -> Float[Tensor, "*batch d"]:
-        """What an addend of the input contributes to the output, the run's own scale held: parts add up to the output."""
+        """What an addend of the input contributes to the output at the run's own scale; parts add up to the output."""
         addend = addend - addend.mean(-1, keepdim=True) if self.center else addend
         return self._scaled(addend * inverse_sigma)
 

@@ -105,9 +105,7 @@ def grown_order(values: EdgeMatrix, mask: EdgeMask, feeds: Bool[Tensor, "dst src
     return torch.tensor(order, dtype=torch.long).reshape(-1, 2)
 
 
-def random_connected(
-    n: int, mask: EdgeMask, feeds: Bool[Tensor, "dst src"], generator: torch.Generator
-) -> EdgeMask:
+def random_connected(n: int, mask: EdgeMask, feeds: Bool[Tensor, "dst src"], generator: torch.Generator) -> EdgeMask:
     """A union of random walks from a sink back to a root with at most ``n`` edges: a baseline of equal size.
 
     Every edge lies on a complete path. Walks that would exceed ``n`` are dropped; after 50 in a row it stops.
@@ -128,9 +126,7 @@ def random_connected(
     return chosen
 
 
-def _walk_to_root(
-    sinks: Tensor, mask: EdgeMask, feeds: Tensor, generator: torch.Generator
-) -> list[tuple[int, int]]:
+def _walk_to_root(sinks: Tensor, mask: EdgeMask, feeds: Tensor, generator: torch.Generator) -> list[tuple[int, int]]:
     walk: list[tuple[int, int]] = []
     readers = sinks
     while len(readers) and len(walk) < len(mask):

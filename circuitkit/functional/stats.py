@@ -21,7 +21,7 @@ class Moments:
         self.mean = torch.zeros((), dtype=torch.float64)
         self._squares = torch.zeros((), dtype=torch.float64)
 
-    def add(self, values: Float[Tensor, "batch *rest"]) -> None:
+    def add(self, values: Float[Tensor, batch * rest]) -> None:
         """Take in a chunk; the first axis counts examples."""
         values = values.double()
         n, mean = len(values), values.mean(0)
@@ -37,14 +37,23 @@ class Moments:
         return (self._squares / max(self.n - 1, 1) / max(self.n, 1)).sqrt()
 
 
-def bootstrap_ratio(
-    top: Float[Tensor, " batch"], bottom: Float[Tensor, " batch"], *, seed: int, resamples: int = 1000
-) -> tuple[float, float]:
+def bootstrap_ratio(top: Float[Tensor, " batch"], bottom: Float[Tensor, " batch"], *, seed: int) -> tuple[float, float]:
     """95 % percentile interval of mean(top) / mean(bottom) under resampling of the examples."""
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(top), (resamples, len(top)), generator=generator)
-    ratios = top.double().cpu()[index].mean(1) / bottom.double().cpu()[index].mean(1)
-    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    index = _resamples(len(top), seed)
+    return _interval(top.double().cpu()[index].mean(1) / bottom.double().cpu()[index].mean(1))
+
+
+def bootstrap_mean(values: Float[Tensor, " batch"], *, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of the mean under resampling of the examples."""
+    return _interval(values.double().cpu()[_resamples(len(values), seed)].mean(1))
+
+
+def _resamples(n: int, seed: int, times: int = 1000) -> Tensor:
+    return torch.randint(n, (times, n), generator=torch.Generator().manual_seed(seed))
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 

@@ -22,17 +22,33 @@ from circuitkit.tasks.base import Batch, Task
 
 
 class Method(Protocol):
-    """``(model, task, *, plan, <options>) -> Scores``; keyword-only arguments are the options a user can set."""
+    """``(model, task, *, plan, <options>) -> Scores``; keyword-only arguments are the options a user can set.
 
-    def __call__(self, model: Model, task: Task, *, plan: Plan, **options: Any) -> Scores: ...
+    A method with ``level = "node"`` scores components and returns `NodeScores`.
+    """
+
+    level: str
+
+    def __call__(self, model: Model, task: Task, *, plan: Plan, **options: Any) -> Any:
+        """Score every edge or node."""
 
 
 METHODS: Registry[Method] = Registry("method", "circuitkit.methods")
 
 
-def method(name: str) -> Callable[[Any], Any]:
-    """Register a method under the name that users type."""
-    return METHODS.add(name)
+def method(name: str, *, level: str = "edge") -> Callable[[Any], Any]:
+    """Register a method under the name that users type; ``level`` says whether it scores edges or nodes."""
+
+    def register(function: Any) -> Any:
+        function.level = level
+        return METHODS.add(name)(function)
+
+    return register
+
+
+def edge_methods() -> tuple[str, ...]:
+    """Names of the methods that score edges, from whose scores a circuit can be cut."""
+    return tuple(name for name, function in METHODS.items() if function.level == "edge")
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,9 @@ class Plan:
             budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 256 * 2**20
         return max(1, int(budget // max(bytes_per_row, 1)))
 
-    def chunks(self, task: Task, bytes_per_example: Callable[[Batch], float], model: Model, label: str) -> Iterator[Batch]:
+    def chunks(
+        self, task: Task, bytes_per_example: Callable[[Batch], float], model: Model, label: str
+    ) -> Iterator[Batch]:
         """The task's examples in batches that fit, on the model's device, with a progress bar."""
         with self.bar(len(task), label) as bar:
             for batch in task.batches:
@@ -90,7 +108,15 @@ def parse_bytes(budget: int | str | None) -> int | None:
     if budget is None:
         return None
     text = str(budget).strip()
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("GB", 10**9), ("MB", 10**6), ("B", 1), ("", 1)):
+    for unit, factor in (
+        ("GiB", 2**30),
+        ("MiB", 2**20),
+        ("KiB", 2**10),
+        ("GB", 10**9),
+        ("MB", 10**6),
+        ("B", 1),
+        ("", 1),
+    ):
         if text.endswith(unit):
             try:
                 value = float(text.removesuffix(unit)) * factor
@@ -112,8 +138,11 @@ def score(
     progress: bool = True,
     seed: int = 0,
     **options: Any,
-) -> Scores:
-    """Score every edge of the model on a task by a named method.
+) -> Any:
+    """Score every edge (or, with ``activation-patching``, every component) of the model on a task by a named method.
+
+    Returns:
+        `Scores`, or `NodeScores` from a method of node level.
 
     Raises:
         UnknownName: if no method has that name.
@@ -132,14 +161,13 @@ def score(
     start = time.perf_counter()
     with torch.no_grad(), quiet(model.module):
         scores = function(model, task, plan=plan, **options)
-    if not torch.isfinite(scores.values).all():
-        raise MetricError(f"{method} gave scores that are not finite on task {task.name!r}; check the metric's gradient")
+    if scores.values.isinf().any() or (function.level == "edge" and scores.values.isnan().any()):
+        raise MetricError(
+            f"{method} gave scores that are not finite on task {task.name!r}; check the metric's gradient"
+        )
     about = {"task": task.name, "metric": task.metric.name, "model": model.name, "seed": seed}
     about["seconds"] = round(time.perf_counter() - start, 3)
-    return Scores(
-        scores.values, scores.graph, method, options, scores.stderr, scores.signed, scores.n_examples,
-        {**scores.provenance, **about},
-    )  # fmt: skip
+    return replace(scores, method=method, options=options, provenance={**scores.provenance, **about})
 
 
 def checked_options(name: str, function: Method, options: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +197,9 @@ def check_task(model: Model, task: Task) -> None:
                     f"{model.name} knows 0 to {model.d_vocab - 1}"
                 )
             if side.shape[1] > model.n_ctx:
-                raise TaskError(f"task {task.name!r} has {side.shape[1]} tokens, {model.name} reads at most {model.n_ctx}")
+                raise TaskError(
+                    f"task {task.name!r} has {side.shape[1]} tokens, {model.name} reads at most {model.n_ctx}"
+                )
         if not model.causal and bool((batch.lengths != batch.clean.shape[1]).any()):
             raise TaskError(
                 f"{model.name} is not causal, so padding would change its answers: give one batch per length"
@@ -204,9 +234,7 @@ def corrupt_writes(
     means = [task_mean(((w[i], lengths) for w, lengths in recorded), per_position=per_position) for i in sites]
 
     def value(batch: Batch, run: Run) -> tuple[Tensor, ...]:
-        return tuple(
-            mean[: w.shape[1]].to(w).expand_as(w) for mean, w in zip(means, run.writes, strict=True)
-        )
+        return tuple(mean[: w.shape[1]].to(w).expand_as(w) for mean, w in zip(means, run.writes, strict=True))
 
     return value
 
@@ -233,7 +261,5 @@ def backward_bytes(model: Model, batch: Batch) -> float:
 def finished(model: Model, moments: Moments, **fields: Any) -> Scores:
     """Scores from running moments, zero where no edge is possible."""
     mask = model.graph.mask
-    values, stderr = (
-        torch.where(mask, t.float().cpu(), torch.zeros(())) for t in (moments.mean, moments.stderr)
-    )
+    values, stderr = (torch.where(mask, t.float().cpu(), torch.zeros(())) for t in (moments.mean, moments.stderr))
     return Scores(values, model.graph, "", stderr=stderr, n_examples=moments.n, **fields)

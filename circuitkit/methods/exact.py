@@ -35,7 +35,9 @@ def exact(model: Model, task: Task, *, plan: Plan, corrupt_value: str = "counter
     corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
     moments = Moments()
     with plan.bar(len(task) * model.graph.n_edges, "edges") as bar:
-        for batch in Plan(plan.batch_size, plan.budget, False).chunks(task, lambda b: matrix_bytes(model, b), model, ""):
+        for batch in Plan(plan.batch_size, plan.budget, False).chunks(
+            task, lambda b: matrix_bytes(model, b), model, ""
+        ):
             run = model.record(batch.clean)
             batch = with_reference(model, task, batch, run)
             delta = model.wiring.expand_difference(run.writes, corrupt_of(batch, run))

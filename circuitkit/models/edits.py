@@ -6,6 +6,7 @@ All start from a recorded run and replay only the blocks that an edit can reach.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from circuitkit.functional.attribution import pull_back
 from circuitkit.functional.norms import at_least_float32
-from circuitkit.models.hooked import Hook, Model, Run, quiet
+from circuitkit.models.hooked import Hook, Model, Run, keeper, quiet
 from circuitkit.models.wiring import Port, ReadSite
 from circuitkit.shapes import Logits, Stream
 
@@ -45,7 +46,7 @@ def reader_gradients(
     sites = [site for site in model.wiring.read_sites if site.block < len(model.wiring.blocks)]
     start = x.flatten(0, 1).detach().requires_grad_(True)
     with quiet(model.module), torch.enable_grad():
-        hooks: list[Hook] = [(port, _watcher(seen, port)) for port in {site.stream for site in sites}]
+        hooks: list[Hook] = [(port, keeper(seen, port)) for port in {site.stream for site in sites}]
         hooks += [(site.port, _own_copy(seen, site.port)) for site in sites]
         last = model.replay(run, 0, start, rows, hooks)
         value = objective(model.logits(last, positions.repeat(steps, 1)))
@@ -69,13 +70,6 @@ def _same_stream(sites: list[ReadSite]) -> Iterator[list[ReadSite]]:
     """Consecutive sites that read the same stream, so that their readers share one product."""
     for _, group in groupby(sites, key=lambda site: (site.block, id(site.stream.module))):
         yield list(group)
-
-
-def _watcher(seen: dict[Port, Tensor], port: Port) -> Callable[[Tensor], None]:
-    def watch(x: Tensor) -> None:
-        seen[port] = x
-
-    return watch
 
 
 def _own_copy(seen: dict[Port, Tensor], port: Port) -> Callable[[Tensor], Tensor]:
@@ -137,10 +131,10 @@ def run_circuits(
     hooks: list[Hook] = []
     for i, written in enumerate(wiring.write_sites):
         if written.block >= 0:
-            hooks.append((written.port, lambda t, i=i: note(i, t)))
+            hooks.append((written.port, partial(note, i)))
     inner = [site for site in wiring.read_sites if site.block < len(wiring.blocks)]
-    hooks += [(port, _watcher(streams, port)) for port in {site.stream for site in inner}]
-    hooks += [(site.port, lambda y, site=site: edit(site, y)) for site in inner]
+    hooks += [(port, keeper(streams, port)) for port in {site.stream for site in inner}]
+    hooks += [(site.port, partial(edit, site)) for site in inner]
     last = model.replay(run, 0, x, rows, hooks)
     moved = shift(wiring.read_sites[-1])
     last = last if moved is None else (at_least_float32(last) + moved[0]).to(last.dtype)
@@ -188,7 +182,7 @@ def patch_edges(
             out[first * batch : stop * batch, :, node] = value.flatten(0, 1).to(out.dtype)
         return out.reshape(y.shape)
 
-    hooks: list[Hook] = [(site.stream, _watcher(streams, site.stream)), (site.port, edit)]
+    hooks: list[Hook] = [(site.stream, keeper(streams, site.stream)), (site.port, edit)]
     last = model.replay(run, site.block, x, rows, hooks)
     return model.logits(last, positions.repeat(n, 1)).unflatten(0, (n, batch))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ from circuitkit.graph import Graph
 from circuitkit.models.wiring import Port, Wiring
 from circuitkit.shapes import Logits, Stream, Tokens
 
+T = TypeVar("T")
 Hook = tuple[Port, Callable[[Tensor], Tensor | None]]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -126,7 +127,7 @@ class Model:
         ]
         for i, site in enumerate(self.wiring.write_sites):
             if site.block >= 0:
-                hooks.append((site.port, _keeper(writes, i)))
+                hooks.append((site.port, keeper(writes, i)))
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(quiet(self.module))
             stack.enter_context(hooked(hooks))
@@ -167,7 +168,9 @@ class Model:
             return at_least_float32(self.wiring.tail(picked))
 
 
-def _keeper(store: dict[int, Tensor], key: int) -> Callable[[Tensor], None]:
+def keeper(store: dict[T, Tensor], key: T) -> Callable[[Tensor], None]:
+    """A hook that keeps what it sees."""
+
     def keep(x: Tensor) -> None:
         store[key] = x
 
@@ -180,13 +183,17 @@ def _check_finite(inputs: list[Tensor]) -> None:
             where = f"entering block {i}" if i < len(inputs) - 1 else "leaving the last block"
             raise UnsupportedModel(
                 f"the stream {where} holds NaN or infinite values; check the weights"
-                + ("; float16 overflows easily, load the model in bfloat16 or float32" if x.dtype == torch.float16 else "")
+                + (
+                    "; float16 overflows easily, load the model in bfloat16 or float32"
+                    if x.dtype == torch.float16
+                    else ""
+                )
             )
 
 
 @contextmanager
 def hooked(hooks: Sequence[Hook]) -> Iterator[None]:
-    """Attach functions to ports; each may return a tensor to replace what it saw. Removed on exit, also after an error."""
+    """Attach functions to ports; each may return a replacement for what it saw. Removed on exit, also on error."""
     with ExitStack() as stack:
         for port, function in hooks:
             handle = (

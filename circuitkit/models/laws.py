@@ -15,7 +15,7 @@ from torch import Tensor
 from circuitkit.errors import UnsupportedModel
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.models.edits import reader_gradients, run_circuits
-from circuitkit.models.hooked import Hook, Model, Run, hooked, quiet
+from circuitkit.models.hooked import Hook, Model, Run, keeper, quiet
 from circuitkit.models.transformer import probe_tokens
 from circuitkit.models.wiring import Port, ReadSite
 
@@ -76,7 +76,7 @@ def _check_replay(model: Model, run: Run, own: Tensor, positions: Tensor) -> Non
 def _streams(model: Model, run: Run) -> dict[Port, Tensor]:
     seen: dict[Port, Tensor] = {}
     ports = {p for s in model.wiring.read_sites[:-1] for p in (s.port, s.stream)}
-    hooks: list[Hook] = [(port, lambda x, port=port: seen.__setitem__(port, x)) for port in ports]
+    hooks: list[Hook] = [(port, keeper(seen, port)) for port in ports]
     last = model.replay(run, 0, run.inputs[0], torch.arange(run.batch, device=run.inputs[0].device), hooks)
     final = model.wiring.read_sites[-1]
     return seen | {final.stream: last, final.port: last}
@@ -138,7 +138,10 @@ def split_reader_gradient(model: Model, run: Run, site: ReadSite, positions: Ten
         if site.block == len(model.wiring.blocks):
             last = model.replay(run, 0, x, rows) + copies[0].to(x.dtype)
         else:
-            hooks: list[Hook] = [(site.stream, lambda s: streams.__setitem__(site.stream, s)), (site.port, split)]
+            hooks: list[Hook] = [
+                (site.stream, keeper(streams, site.stream)),
+                (site.port, split),
+            ]
             last = model.replay(run, 0, x, rows, hooks)
         return torch.autograd.grad(objective(model.logits(last, positions)), copies)[0]
 

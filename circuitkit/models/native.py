@@ -1,7 +1,7 @@
 """A small transformer of our own, for weights kept in TransformerLens's layout (compiled and toy models).
 
-Parameter names are TransformerLens's (``blocks.0.attn.W_Q`` [head, d, d_head], ...), so a state dict loads as it is, with
-any version of that library installed or none. Every tensor that wiring needs passes through a named identity.
+Parameter names are TransformerLens's (``blocks.0.attn.W_Q`` [head, d, d_head], ...), so a state dict loads as it is,
+with any version of that library installed or none. Every tensor that wiring needs passes through a named identity.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class NativeConfig:
         }
         for field, good in checks.items():
             if not good:
-                raise UnsupportedModel(f"{field} = {getattr(config, field)!r} is not supported by the native transformer")
+                raise UnsupportedModel(
+                    f"{field} = {getattr(config, field)!r} is not supported by the native transformer"
+                )
         return config
 
     @property
@@ -96,9 +98,7 @@ class Attention(nn.Module):
         config = self.config
         q, k, v = (
             hook(torch.einsum("btd,hde->bthe", x, w) + b)
-            for hook, (w, b) in zip(
-                (self.hook_q, self.hook_k, self.hook_v), map(self.projection, "qkv"), strict=True
-            )
+            for hook, (w, b) in zip((self.hook_q, self.hook_k, self.hook_v), map(self.projection, "qkv"), strict=True)
         )
         if config.positional_embedding_type == "rotary":
             q, k = (_rotate(t, config.rotary_dim) for t in (q, k))
@@ -139,7 +139,11 @@ class MLP(nn.Module):
         """What the layer adds to the stream."""
         x = self.hook_in(x)
         act = ACTIVATIONS[self.config.act_fn]
-        hidden = act(x @ self.W_gate) * (x @ self.W_in) + self.b_in if self.config.gated_mlp else act(x @ self.W_in + self.b_in)
+        hidden = (
+            act(x @ self.W_gate) * (x @ self.W_in) + self.b_in
+            if self.config.gated_mlp
+            else act(x @ self.W_in + self.b_in)
+        )
         return self.hook_out(hidden @ self.W_out + self.b_out)
 
 
@@ -191,13 +195,13 @@ class NativeTransformer(nn.Module):
 
     def tail(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
         """Logits from the stream after the last block."""
-        return self.ln_final(x) @ self.unembed.W_U + self.unembed.b_U
+        return self.ln_final(x) @ self.unembed.get_parameter("W_U") + self.unembed.get_parameter("b_U")
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Logits at every position."""
-        x = self.embed.W_E[tokens]
+        x = self.embed.get_parameter("W_E")[tokens]
         if self.config.positional_embedding_type == "standard":
-            x = x + self.pos_embed.W_pos[: tokens.shape[1]]
+            x = x + self.pos_embed.get_parameter("W_pos")[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
         return self.tail(x)

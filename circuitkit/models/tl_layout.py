@@ -58,9 +58,7 @@ def hooked_transformer_model(module: Any, *, name: str | None = None, **about: A
     n_kv = c.n_key_value_heads or c.n_heads
     wiring = _wire(module, (c.n_layers, c.n_heads, n_kv, c.d_head), not c.attn_only, tail)
     about.setdefault("tokenizer", module.tokenizer)
-    return Model(
-        module, wiring, forward=_call, name=name or c.model_name, d_vocab=c.d_vocab, n_ctx=c.n_ctx, **about
-    )
+    return Model(module, wiring, forward=_call, name=name or c.model_name, d_vocab=c.d_vocab, n_ctx=c.n_ctx, **about)
 
 
 def _call(module: nn.Module, tokens: Tensor) -> None:
@@ -79,7 +77,9 @@ def _wire(module: Any, sizes: tuple[int, int, int, int], has_mlp: bool, tail: An
             weight, bias = _projection(attn, slot, n != n_heads)
             first = reads[-1].columns.stop if reads else 0
             reads.append(ReadSite(first, n, i, Port(getattr(attn, f"hook_{slot}")), here, weight, bias, norm))
-        writes.append(WriteSite(writes[-1].rows.stop, n_heads, i, Port(attn.hook_z), attn.W_O.view(n_heads, d_head, -1)))
+        writes.append(
+            WriteSite(writes[-1].rows.stop, n_heads, i, Port(attn.hook_z), attn.W_O.view(n_heads, d_head, -1))
+        )
         if has_mlp:
             stream = Port(block.hook_resid_mid)
             reads.append(ReadSite(reads[-1].columns.stop, 1, i, Port(block.mlp, "in"), stream, norm=_norm(block.ln2)))
@@ -99,7 +99,7 @@ def _projection(attn: Any, slot: str, grouped: bool) -> tuple[Tensor, Tensor]:
     return getattr(attn, f"{under}W_{slot.upper()}"), getattr(attn, f"{under}b_{slot.upper()}")
 
 
-def _norm(module: nn.Module) -> Norm | None:
+def _norm(module: Any) -> Norm | None:
     """The norm as data; folded norms (``LayerNormPre``) have no parameters."""
     if isinstance(module, nn.Identity):
         return None

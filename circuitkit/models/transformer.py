@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from circuitkit.errors import UnsupportedModel
 from circuitkit.functional.norms import Norm, at_least_float32
-from circuitkit.models.hooked import Hook, Model, hooked, quiet
+from circuitkit.models.hooked import Hook, Model, hooked, keeper, quiet
 from circuitkit.models.wiring import Port, ReadSite, Wiring, WriteSite, transformer_graph
 
 
-def load_pretrained(source: str, *, name: str | None = None, revision: str | None = None, dtype: Any = None, **about: Any) -> Model:
+def load_pretrained(
+    source: str, *, name: str | None = None, revision: str | None = None, dtype: Any = None, **about: Any
+) -> Model:
     """A `Model` from a local Hugging Face folder or a hub id; weights are read from safetensors only.
 
     Raises:
@@ -42,7 +44,9 @@ def load_pretrained(source: str, *, name: str | None = None, revision: str | Non
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         kind = "folder" if local else "zoo name, folder or hub id"
-        raise UnsupportedModel(f"the {kind} {source!r} could not be loaded as a causal language model: {reason}") from error
+        raise UnsupportedModel(
+            f"the {kind} {source!r} could not be loaded as a causal language model: {reason}"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
     except (OSError, ValueError, ImportError):
@@ -70,7 +74,7 @@ def module_model(module: nn.Module, *, name: str | None = None, copy_structure: 
     if copy_structure:
         shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
         module = copy.deepcopy(module, shared)
-        module.config._attn_implementation = "eager"
+        module.config._attn_implementation = "eager"  # type: ignore[union-attr]
     try:
         bridge = build_bridge_from_module(module, type(module).__name__, hf_config=module.config)
     except Exception as error:
@@ -155,17 +159,10 @@ def _probe(bridge: Any) -> dict[nn.Module, Tensor]:
     """What passes every hook point (and enters every block) on a few tokens."""
     seen: dict[nn.Module, Tensor] = {}
 
-    def keeper(module: nn.Module) -> Callable[[Tensor], None]:
-        def keep(x: Tensor) -> None:
-            if isinstance(x, Tensor):
-                seen[module] = x.detach()
-
-        return keep
-
-    hooks: list[Hook] = [(Port(block, "in"), keeper(block)) for block in bridge.blocks]
+    hooks: list[Hook] = [(Port(block, "in"), keeper(seen, block)) for block in bridge.blocks]
     for module in bridge.modules():
         if type(module).__name__ == "HookPoint":
-            hooks.append((Port(module), keeper(module)))
+            hooks.append((Port(module), keeper(seen, module)))
     with quiet(bridge), hooked(hooks):
         _call(bridge, probe_tokens(int(bridge.unembed.original_component.weight.shape[0]), bridge))
     return seen
@@ -181,7 +178,7 @@ def _per_head(linear: nn.Module, n: int, width: int, layer: int, slot: str) -> t
     weight, bias = _matrix(linear), getattr(linear, "bias", None)
     if weight.shape[1] != n * width:
         raise UnsupportedModel(
-            f"layer {layer}: {slot} is {weight.shape[1]} wide, expected {n} heads of {width}; the head count is not uniform"
+            f"layer {layer}: {slot} is {weight.shape[1]} wide, expected {n} heads of {width}; head counts differ"
         )
     per_head = weight.unflatten(1, (n, width)).transpose(0, 1)
     return per_head, None if bias is None else bias.unflatten(0, (n, width))
@@ -191,7 +188,7 @@ def _out_projection(linear: nn.Module, n: int, width: int) -> tuple[Tensor, Tens
     return _matrix(linear).unflatten(0, (n, width)), getattr(linear, "bias", None)
 
 
-def _matrix(linear: nn.Module) -> Tensor:
+def _matrix(linear: Any) -> Tensor:
     """Weight as [in, out], without a copy; GPT-2's Conv1D already stores it so."""
     return linear.weight if type(linear).__name__ == "Conv1D" else linear.weight.T
 
@@ -216,7 +213,9 @@ def _is_parallel(block: Any, seen: dict[nn.Module, Tensor]) -> bool:
     return False
 
 
-def _norm_before(block: Any, seen: dict[nn.Module, Tensor], x: Tensor, want: Tensor, layer: int, what: str) -> Norm | None:
+def _norm_before(
+    block: Any, seen: dict[nn.Module, Tensor], x: Tensor, want: Tensor, layer: int, what: str
+) -> Norm | None:
     """The norm that turns the stream into what a part was given; None if it reads the stream itself."""
     if _close(x, want):
         return None
@@ -242,7 +241,9 @@ def _find_norm(bridge_norm: Any, seen: dict[nn.Module, Tensor], layer: int, *, r
         if _close(norm(x), want):
             return norm
     if required:
-        raise UnsupportedModel(f"layer {layer}: {type(inner).__name__} is neither a layer norm nor a root-mean-square norm")
+        raise UnsupportedModel(
+            f"layer {layer}: {type(inner).__name__} is neither a layer norm nor a root-mean-square norm"
+        )
     return None
 
 

@@ -1,7 +1,8 @@
 """How one model is wired, as data: where each writer writes, where each reader reads, and the maps between.
 
 A site is one tensor of the running module that several nodes share: all heads of a layer write through one ``z``, read
-through one ``q``. Writers stay factored (``z`` with its map ``W_O``); readers stay fused (``q`` with ``W_Q`` and the norm).
+through one ``q``. Writers stay factored (``z`` with its map ``W_O``); readers stay fused (``q`` with ``W_Q`` and the
+norm).
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ class ReadSite:
         """The readers' columns in the edge matrix."""
         return slice(self.first, self.first + self.n)
 
-    def read(self, streams: Float[Tensor, "node *batch d"], nodes: slice = slice(None)) -> Float[Tensor, "node *batch width"]:
+    def read(
+        self, streams: Float[Tensor, "node *batch d"], nodes: slice = slice(None)
+    ) -> Float[Tensor, "node *batch width"]:
         """What the readers make of a private stream each."""
         normed = streams if self.norm is None else self.norm(streams)
         if self.weight is None:
@@ -127,7 +130,7 @@ class Wiring:
         tail: from the stream after the last block to logits; takes any leading axes.
         final: where the stream after the last block is found in a full run.
         head: what goes into the unembedding in a full run; cut to one position where logits are not wanted.
-        patterns: where each block's attention pattern ``[batch, head, query, key]`` is found; () if it cannot be edited.
+        patterns: where each block's attention pattern ``[batch, head, query, key]`` is found, or ().
     """
 
     graph: Graph
@@ -165,9 +168,15 @@ class Wiring:
 
 
 def transformer_graph(
-    n_layers: int, n_heads: int, n_kv: int, *, attention: bool = True, mlp: bool = True, parallel: bool = False
+    n_layers: int,
+    n_heads: int,
+    n_kv: int,
+    *,
+    attention: bool = True,
+    mlp: bool = True,
+    parallel: bool = False,
 ) -> Graph:
-    """Writers and readers of a decoder: ``input``, heads, MLPs; q per head, k and v per key/value head, MLPs, ``logits``.
+    """Writers of a decoder: input, heads, MLPs; readers: q per head, k and v per key/value head, MLPs, logits.
 
     >>> graph = transformer_graph(12, 12, 12)
     >>> len(graph.sources), len(graph.destinations), graph.n_edges
@@ -175,7 +184,8 @@ def transformer_graph(
     """
     from circuitkit.graph import Node
 
-    sources, destinations = [Node("input", "input", -1, 0)], []
+    sources = [Node("input", "input", -1, 0)]
+    destinations: list[Node] = []
     sees: list[int] = []
     feeds: list[tuple[int, int]] = []
     for layer in range(n_layers):

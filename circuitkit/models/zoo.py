@@ -1,4 +1,4 @@
-"""Small trained and compiled models that ship with circuitkit; each folder under ``data/`` has its source and licence."""
+"""Small trained and compiled models that ship with circuitkit; each folder under ``data/`` names source and licence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def zoo_names() -> tuple[str, ...]:
 
 
 def zoo_name(name: str) -> str | None:
-    """The zoo's own name for what a user typed (``hist``, ``tracr_compiled/hist`` and ``tracr/hist`` are one), or None."""
+    """The zoo's own name for what a user typed (``hist`` and ``tracr_compiled/hist`` are ``tracr/hist``), or None."""
     for short, folder in FOLDERS.items():
         name = name.replace(f"{folder}/", f"{short}/")
     name = SHORT.get(name, name)
@@ -44,11 +44,18 @@ def load_zoo(name: str) -> Model:
     if name == "stories260k":
         from circuitkit.models.transformer import load_pretrained
 
-        return load_pretrained(str(resource("stories260k", "hf")), name=name, card=_card(resource("stories260k", "stories260k.json")))
+        return load_pretrained(
+            str(resource("stories260k", "hf")),
+            name=name,
+            card=_card(resource("stories260k", "stories260k.json")),
+        )
     if name not in zoo_names():
         raise UnknownName(f"{name!r} is not in the zoo; it has {', '.join(zoo_names())}")
     if name == "stories260k-tl":
-        weights, card = resource("stories260k", "hooked_transformer.safetensors"), resource("stories260k", "stories260k.json")
+        weights, card = (
+            resource("stories260k", "hooked_transformer.safetensors"),
+            resource("stories260k", "stories260k.json"),
+        )
         return _native(name, weights, card, tokenizer=_tokenizer(resource("stories260k", "hf")))
     short, stem = name.split("/")
     stem = {v: k for k, v in SHORT.items()}.get(name, name).split("/")[1]
@@ -62,7 +69,9 @@ def _native(name: str, weights: Path, card_path: Path, tokenizer: Any = None) ->
     from circuitkit.models.tl_layout import native_model
 
     card = _card(card_path)
-    return native_model(card["hooked_transformer_config"], load_file(weights), name=name, card=card, tokenizer=tokenizer)
+    return native_model(
+        card["hooked_transformer_config"], load_file(weights), name=name, card=card, tokenizer=tokenizer
+    )
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -1,7 +1,7 @@
 """A function's keyword-only arguments as command-line options.
 
 A method is ``(model, task, *, plan, <options>)`` and a task ``(model, *, n, seed, <options>)``: what they take
-beyond the arguments that every verb has *is* the list of options, so no option is declared twice.
+beyond the arguments that every verb has *is* the list of options; no option is declared twice.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
 
 
 def read_options(arguments: Sequence[str], known: dict[str, Option], whose: str) -> dict[str, Any]:
-    """Values of what a user typed: ``--name value``, ``--name=value``, ``--flag`` and ``--no-flag``.
+    """What a user typed: ``--name value``, ``--name=value``, ``--flag`` and ``--no-flag``.
 
     Raises:
         OptionError: for an unknown option (naming the nearest), a missing value or one of the wrong kind.
@@ -98,15 +98,6 @@ def read_options(arguments: Sequence[str], known: dict[str, Option], whose: str)
                 text = rest.pop(0)
             values[name] = _convert(text, known[name])
     return values
-
-
-def read_batch_size(text: str) -> int | Literal["auto"]:
-    """Examples at a time, as typed. Raises OptionError unless it is ``auto`` or a whole number from 1."""
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal() or int(text) < 1:
-        raise OptionError(f"option --batch-size got {text!r}, expected a whole number from 1, or auto")
-    return int(text)
 
 
 def _unknown(flag: str, known: dict[str, Option], whose: str) -> str:

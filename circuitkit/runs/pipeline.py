@@ -9,9 +9,9 @@ from typing import Any, Literal
 from circuitkit.circuit import Circuit, Scores
 from circuitkit.errors import OptionError
 from circuitkit.evaluation.faithfulness import evaluate
-from circuitkit.methods.base import METHODS, score
-from circuitkit.models.base import Model, load
-from circuitkit.runs.options import options_of
+from circuitkit.methods.base import METHODS, Plan, checked_options, score
+from circuitkit.models.base import load
+from circuitkit.models.hooked import Model
 from circuitkit.runs.provenance import data_sha256, model_sha256, versions
 from circuitkit.tasks.base import Batch, Task, make
 
@@ -51,10 +51,17 @@ def find(
         UnknownName: for a method or task that is not registered.
         OptionError: for an option out of range.
     """
-    check_selection(selection)
-    known = METHODS[method]
+    if selection not in ("top", "grow"):
+        raise OptionError(f"got selection {selection!r}, expected 'top' or 'grow'")
+    # What can be refused is refused before a model is loaded.
+    checked_options(method, METHODS[method], options)
+    Plan.of(batch_size, budget, progress, seed)
     model = load(model) if isinstance(model, str) else model
     task = make(task, model, seed=seed) if isinstance(task, str) else task
+    if not 1 <= edges <= model.graph.n_edges:
+        raise OptionError(
+            f"got edges = {edges}, expected 1 to {model.graph.n_edges:,}: {model.name} has no more possible edges"
+        )
     common: dict[str, Any] = {"batch_size": batch_size, "budget": budget, "progress": progress, "seed": seed}
     began = time.perf_counter()
     scores = score(model, task, method=method, **common, **options)
@@ -62,12 +69,7 @@ def find(
     circuit = (
         scores.grow(edges, absolute=absolute) if selection == "grow" else scores.top(edges, absolute=absolute)
     )
-    shared = {
-        name: value
-        for name, value in options.items()
-        if name in options_of(evaluate) and name in options_of(known)
-    }
-    result = evaluate(model, task, circuit, **common, **shared)
+    result = evaluate(model, task, circuit, **common)
     ended = time.perf_counter()
     meta = {
         **_where_from(model, task, scores),
@@ -77,12 +79,6 @@ def find(
         "seconds": {"score": round(scored - began, 3), "evaluate": round(ended - scored, 3)},
     }
     return replace(circuit, scores=scores, result=result, meta=meta)
-
-
-def check_selection(selection: str) -> None:
-    """Refuse a way of choosing edges that does not exist, before anything is computed."""
-    if selection not in ("top", "grow"):
-        raise OptionError(f"got selection {selection!r}, expected 'top' or 'grow'")
 
 
 def _where_from(model: Model, task: Task, scores: Scores) -> dict[str, Any]:

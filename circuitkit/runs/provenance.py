@@ -32,8 +32,9 @@ def versions() -> dict[str, str]:
 
 
 def model_sha256(module: nn.Module) -> str:
-    """Hash of every weight that is in memory: name, type, shape and bytes, in order of name."""
-    return _sha256(sorted(module.state_dict().items()))
+    """Hash of the set of weights that are in memory: type, shape and bytes, whatever a wrapper calls them."""
+    digests = sorted(_sha256([("weight", weight)]) for weight in module.parameters())
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def data_sha256(task: Task) -> str:

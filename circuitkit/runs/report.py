@@ -47,7 +47,11 @@ def result_table(result: Result, title: str) -> Table:
     if result.cpr is not None and result.cmd is not None:
         _add(table, "over all sizes", f"CPR {result.cpr:.3f}, CMD {result.cmd:.3f}")
     if result.known is not None:
-        _add(table, "known circuit", ", ".join(f"{name} {value:.3f}" for name, value in result.known.items()))
+        _add(
+            table,
+            "known circuit",
+            ", ".join(f"{name} {value:.3f}" for name, value in result.known.items() if value is not None),
+        )
     return table
 
 

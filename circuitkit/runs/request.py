@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from circuitkit.circuit import Circuit, Result, Scores
-from circuitkit.errors import OptionError
-from circuitkit.methods.base import METHODS
+from circuitkit.errors import OptionError, UnsupportedModel
+from circuitkit.evaluation.faithfulness import evaluate
+from circuitkit.functional.metrics import METRICS
+from circuitkit.methods.base import METHODS, Plan, score
+from circuitkit.models.base import load
+from circuitkit.models.hooked import Model
+from circuitkit.models.zoo import zoo_name, zoo_names
 from circuitkit.runs.manifest import manifest_of
 from circuitkit.runs.options import options_of, read_options
+from circuitkit.runs.pipeline import find
+from circuitkit.runs.provenance import data_sha256, model_sha256
 from circuitkit.tasks.base import TASKS, Task, make
-
-if TYPE_CHECKING:
-    from circuitkit.models.base import Model
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Request:
         task_options: the task's own options.
         method: a registered method.
         options: the method's own options.
+        metric: a metric other than the task's own, or None.
     """
 
     model: str
@@ -39,43 +46,57 @@ class Request:
     task_options: dict[str, Any] = field(default_factory=dict)
     method: str = "eap-ig"
     options: dict[str, Any] = field(default_factory=dict)
+    metric: str | None = None
 
     @classmethod
-    def read(cls, model: str, task: str, method: str, n: int, seed: int, arguments: Sequence[str]) -> Request:
-        """A request with the options that were typed for the method or the task; the method is asked first.
+    def read(
+        cls, typed: Sequence[str], *, task: str, method: str, metric: str | None, **asked: Any
+    ) -> Request:
+        """A request with the options typed for the method or the task; what both have is the method's.
 
         Raises:
-            UnknownName: for a method or task that is not registered.
+            UnknownName: for a method, task or metric that is not registered.
             OptionError: for an option that neither takes.
         """
         of_method, of_task = options_of(METHODS[method]), options_of(TASKS[task])
-        values = read_options(arguments, of_task | of_method, f"method {method} with task {task}")
+        values = read_options(typed, of_task | of_method, f"method {method} with task {task}")
         ours = {name: value for name, value in values.items() if name in of_method}
         theirs = {name: value for name, value in values.items() if name not in of_method}
-        return cls(model, task, n, seed, theirs, method, ours)
+        if metric is not None:
+            METRICS[metric]
+        return cls(task=task, method=method, metric=metric, task_options=theirs, options=ours, **asked)
 
     def prepare(self) -> tuple[Model, Task]:
         """Load the model and make the task."""
-        from circuitkit.models.base import load
-
-        model = load(self.model)
-        return model, make(self.task, model, n=self.n, seed=self.seed, **self.task_options)
+        if zoo_name(self.model):
+            # A bar over the few tensors of a zoo model says nothing; one over a download does.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        try:
+            model = load(self.model)
+        except UnsupportedModel as error:
+            near = get_close_matches(self.model, zoo_names(), n=1, cutoff=0.7)
+            raise UnsupportedModel(f"{error} Did you mean {near[0]!r}?" if near else str(error)) from error
+        task = make(self.task, model, n=self.n, seed=self.seed, **self.task_options)
+        return model, task.with_metric(self.metric) if self.metric else task
 
     def score(self, **settings: Any) -> Scores:
         """`circuitkit.score` for this request."""
-        from circuitkit.methods.base import score
-
         model, task = self.prepare()
         return score(model, task, method=self.method, seed=self.seed, **settings, **self.options)
 
     def find(self, **settings: Any) -> Circuit:
         """`circuitkit.find` for this request; the circuit remembers what was asked, to be repeated."""
-        from circuitkit.runs.pipeline import find
-
         model, task = self.prepare()
         circuit = find(model, task, method=self.method, seed=self.seed, **settings, **self.options)
         asked = {"model": self.model, "task": self.task, "task_options": self.task_options}
         return replace(circuit, meta={**circuit.meta, **asked})
+
+
+def read_settings(batch_size: str, budget: str | None, progress: bool) -> dict[str, Any]:
+    """How the work is to be cut, as typed: checked before anything is loaded. Raises OptionError."""
+    size: int | str = int(batch_size) if batch_size.isdecimal() else batch_size
+    Plan.of(size, budget, progress, 0)
+    return {"batch_size": size, "budget": budget, "progress": progress}
 
 
 def evaluate_again(
@@ -94,22 +115,20 @@ def evaluate_again(
         OptionError: if the circuit does not say where it came from and no model or task is named.
         GraphError: if the model's graph is not the circuit's.
     """
-    from circuitkit.evaluation.faithfulness import evaluate
-    from circuitkit.runs.provenance import data_sha256, model_sha256
-
     circuit = Circuit.load(path)
     if "model" not in circuit.meta and (model is None or task is None):
         raise OptionError(f"{path} does not say which model and task it is for; give --model and --task")
     made = manifest_of(circuit) if "model" in circuit.meta else None
-    request = Request(
-        model or made.model,
-        task or made.task,
-        n or (made.n if made else 64),
-        seed if seed is not None else (made.seed if made else 0),
-        made.task_options if made and task in (None, made.task) else {},
+    known = (
+        {}
+        if made is None
+        else made.model_dump(include={"model", "task", "n", "seed", "metric", "task_options"})
     )
+    if task not in (None, known.get("task")):
+        known = {name: known[name] for name in ("model", "n", "seed") if name in known}
+    asked = {"model": model, "task": task, "n": n, "seed": seed, "metric": metric}
+    request = Request(**{**known, **{name: value for name, value in asked.items() if value is not None}})
     loaded, behaviour = request.prepare()
-    behaviour = behaviour.with_metric(metric) if metric else behaviour
     result = evaluate(loaded, behaviour, circuit, seed=request.seed, **settings)
     notes = []
     if made and model_sha256(loaded.module) != made.model_sha256:

@@ -91,7 +91,7 @@ def write_run(path: str | Path, circuit: Circuit) -> Path:
         OptionError: if the circuit has no scores or no result, or the folder cannot be used.
     """
     if circuit.scores is None or circuit.result is None:
-        raise OptionError("a run holds scores and a result; this circuit has not both: use circuitkit.find")
+        raise OptionError("this circuit has no scores or no result, so it is no run; make it with circuitkit.find")
     target = check_target(path)
     fresh = Path(_temporary(target))
     try:

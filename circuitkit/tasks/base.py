@@ -1,4 +1,4 @@
-"""A behaviour as data: `Batch` (pairs of inputs and their answers), `Task` (batches and a metric), and the registry."""
+"""A behaviour as data: `Batch` (pairs of inputs and answers), `Task` (batches and a metric), the registry."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Batch:
 
     clean: Tokens
     corrupt: Tokens
-    lengths: Int[Tensor, "batch"]
+    lengths: Int[Tensor, " batch"]
     positions: Int[Tensor, "batch answer"]
     right: Int[Tensor, "batch answer k"]
     wrong: Int[Tensor, "batch answer j"]
@@ -101,7 +101,9 @@ class Task:
         return replace(self, metric=METRICS[metric])
 
     @classmethod
-    def from_tokens(cls, clean: Tokens, corrupt: Tokens, right: Tensor, wrong: Tensor | None = None, **options: Any) -> Task:
+    def from_tokens(
+        cls, clean: Tokens, corrupt: Tokens, right: Tensor, wrong: Tensor | None = None, **options: Any
+    ) -> Task:
         """See `circuitkit.tasks.own.from_tokens`."""
         from circuitkit.tasks.own import from_tokens
 
@@ -109,7 +111,13 @@ class Task:
 
     @classmethod
     def from_pairs(
-        cls, model: Vocabulary, clean: Sequence[str], corrupt: Sequence[str], right: Any, wrong: Any = None, **options: Any
+        cls,
+        model: Vocabulary,
+        clean: Sequence[str],
+        corrupt: Sequence[str],
+        right: Any,
+        wrong: Any = None,
+        **options: Any,
     ) -> Task:
         """See `circuitkit.tasks.own.from_pairs`."""
         from circuitkit.tasks.own import from_pairs

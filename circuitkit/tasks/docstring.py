@@ -19,15 +19,17 @@ TEMPLATE = '''def {f}(self, {a}, {b}, {c}, {d}, {e}, {g}):
     :param {d}: {w} {x}
     :param'''
 ARGUMENTS = (
-    "files", "size", "path", "name", "value", "key", "line", "page", "color", "image", "table", "index", "state", "user",
-    "token", "model", "code", "port", "host", "mode", "time", "date", "level", "label", "field", "group", "item", "offset",
-    "frame", "order", "event", "score", "width", "depth", "shape", "node", "task", "role", "text", "type", "range", "count",
+    "files", "size", "path", "name", "value", "key", "line", "page", "color", "image", "table", "index",
+    "state", "user", "token", "model", "code", "port", "host", "mode", "time", "date", "level", "label",
+    "field", "group", "item", "offset", "frame", "order", "event", "score", "width", "depth", "shape", "node",
+    "task", "role", "text", "type", "range", "count",
 )  # fmt: skip
 WORDS = (
-    "river", "garden", "paper", "music", "stone", "winter", "bread", "cloud", "horse", "silver", "street", "water", "bird",
-    "forest", "market", "summer", "kitchen", "mountain", "engine", "window", "letter", "cotton", "island", "village",
+    "river", "garden", "paper", "music", "stone", "winter", "bread", "cloud", "horse", "silver", "street",
+    "water", "bird", "forest", "market", "summer", "kitchen", "mountain", "engine", "window", "letter",
+    "cotton", "island", "village",
 )  # fmt: skip
-FUNCTIONS = ("load", "send", "check", "find", "open", "read", "close", "build", "start", "stop", "count", "merge")
+FUNCTIONS = ("load", "send", "check", "find", "open", "read", "close", "build", "start", "stop", "merge")
 
 
 @task("docstring")
@@ -38,10 +40,10 @@ def docstring(
     seed: int = 0,
     corrupt: Literal["signature", "both"] = "signature",
 ) -> Task:
-    """A function of six arguments, two of them documented in order: the name of the next against the five others.
+    """After two of a function's six arguments are documented in order: the next against the five others.
 
-    Corrupt inputs: ``signature`` gives the function six other arguments, so that nothing tells which comes next and the
-    docstring stays; ``both`` also documents two of those new arguments.
+    Corrupt inputs: ``signature`` gives the function six other arguments, so that nothing tells which comes
+    next and the docstring stays; ``both`` also documents two of those new arguments.
 
     Args:
         model: a model whose tokenizer has argument names as single tokens.

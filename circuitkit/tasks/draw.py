@@ -35,7 +35,9 @@ def choose(items: Sequence[T], n: int, rng: torch.Generator) -> list[T]:
         TaskError: if there are fewer than ``n``.
     """
     if n > len(items):
-        raise TaskError(f"got n = {n}, but this task has only {len(items)} distinct pairs for this model; ask for fewer")
+        raise TaskError(
+            f"got n = {n}, but this task has only {len(items)} distinct pairs for this model; ask for fewer"
+        )
     return sample(items, n, rng)
 
 

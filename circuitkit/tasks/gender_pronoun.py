@@ -20,24 +20,26 @@ TEMPLATES = (
     "Once upon a time, {name} was a little {noun} with a big smile.",
 )
 GIRLS = (
-    "Lily", "Lucy", "Mia", "Anna", "Sara", "Sally", "Emma", "Amy", "Sue", "Jane", "Mary", "Daisy", "Ella", "Molly", "Kate",
-    "Lola", "Nina", "Lisa", "Lulu", "Jill", "Lila", "Grace", "Susie", "Kitty", "Bella", "Eva", "Ana", "Tina", "Polly",
-    "Alice", "Emily", "Lena", "Katie", "Ellie", "Nora", "Ivy", "Ann", "Beth", "Abby",
+    "Lily", "Lucy", "Mia", "Anna", "Sara", "Sally", "Emma", "Amy", "Sue", "Jane", "Mary", "Daisy", "Ella",
+    "Molly", "Kate", "Lola", "Nina", "Lisa", "Lulu", "Jill", "Lila", "Grace", "Susie", "Kitty", "Bella",
+    "Eva", "Ana", "Tina", "Polly", "Alice", "Emily", "Lena", "Katie", "Ellie", "Nora", "Ivy", "Ann", "Beth",
+    "Abby",
 )  # fmt: skip
 BOYS = (
-    "Tim", "Tom", "Ben", "Max", "Sam", "Jack", "Bob", "Joe", "Leo", "Timmy", "Tommy", "Mike", "Jim", "John", "Jimmy", "Billy",
-    "Bobby", "Peter", "Fred", "Dan", "Mark", "Luke", "Nick", "Adam", "Alex", "David", "Paul", "James", "Harry", "Eric",
-    "Jake", "Will", "Bill", "Ted", "Roy", "Ron", "Tony", "Toby", "Matt", "Noah", "Dave", "Joey", "Kevin",
+    "Tim", "Tom", "Ben", "Max", "Sam", "Jack", "Bob", "Joe", "Leo", "Timmy", "Tommy", "Mike", "Jim", "John",
+    "Jimmy", "Billy", "Bobby", "Peter", "Fred", "Dan", "Mark", "Luke", "Nick", "Adam", "Alex", "David",
+    "Paul", "James", "Harry", "Eric", "Jake", "Will", "Bill", "Ted", "Roy", "Ron", "Tony", "Toby", "Matt",
+    "Noah", "Dave", "Joey", "Kevin",
 )  # fmt: skip
 
 
 @task("gender-pronoun")
 def gender_pronoun(model: Vocabulary, *, n: int = 64, seed: int = 0) -> Task:
-    """" She" against " He" after a sentence about a girl or a boy; the corrupt sentence swaps noun and name.
+    """ " She" against " He" after a sentence about a girl or a boy; the corrupt sentence swaps noun and name.
 
-    Half of the clean sentences are about girls and half about boys, so that no fixed liking for one pronoun helps. A name
-    is paired only with names of as many tokens. Templates and names are those on which stories260K's logit difference
-    was seen to have the right sign with room to spare.
+    Half of the clean sentences are about girls and half about boys, so that no fixed liking for one pronoun
+    helps. A name is paired only with names of as many tokens. Templates and names are those on which
+    stories260K's logit difference was seen to have the right sign with room to spare.
 
     Args:
         model: a model with a tokenizer.

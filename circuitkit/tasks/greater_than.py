@@ -12,8 +12,9 @@ from circuitkit.tasks.text import answer_ids, encode, pad_right, single_token_wo
 
 TEMPLATE = "The {noun} lasted from the year {year} to the year {century}"
 NOUNS = (
-    "war", "siege", "journey", "project", "reign", "famine", "strike", "treaty", "voyage", "trial", "drought", "marriage",
-    "campaign", "festival", "alliance", "contract", "crisis", "construction", "study", "mission", "search", "debate",
+    "war", "siege", "journey", "project", "reign", "famine", "strike", "treaty", "voyage", "trial", "drought",
+    "marriage", "campaign", "festival", "alliance", "contract", "crisis", "construction", "study", "mission",
+    "search", "debate",
 )  # fmt: skip
 CENTURIES = tuple(str(century) for century in range(11, 20))
 ENDINGS = tuple(f"{year:02d}" for year in range(100))
@@ -21,10 +22,11 @@ ENDINGS = tuple(f"{year:02d}" for year in range(100))
 
 @task("greater-than")
 def greater_than(model: Vocabulary, *, n: int = 64, seed: int = 0) -> Task:
-    """``The war lasted from the year 1742 to the year 17``: 43 to 99 against 00 to 42; the corrupt year ends in 01.
+    """``The war lasted from the year 1742 to the year 17``: 43 to 99 against 00 to 42.
 
-    The metric is the difference in probability between the two sets, as in the paper. Only years that the tokenizer
-    splits into century and ending are used: GPT-2 reads `` 1800`` and `` 1914`` as one token.
+    The corrupt year ends in 01, so that nearly every ending is later. The metric is the difference in
+    probability between the two sets, as in the paper. Only years that the tokenizer splits into century and
+    ending are used: GPT-2 reads `` 1800`` and `` 1914`` as one token.
 
     Args:
         model: a model whose tokenizer splits years in this way.
@@ -39,7 +41,10 @@ def greater_than(model: Vocabulary, *, n: int = 64, seed: int = 0) -> Task:
     split = set(years)
     years = [(century, ending) for century, ending in years if (century, "01") in split and "02" <= ending <= "98"]
     if not years:
-        raise TaskError(f"{model.name!r} does not write a year as century and ending, two tokens of two digits, as GPT-2 does")
+        raise TaskError(
+            f"{model.name!r} does not write a year as two tokens of two digits, century and ending, as GPT-2"
+            " does; this task cannot be stated for it"
+        )
     chosen = choose([(noun, *year) for noun in nouns for year in years], n, generator(seed))
     endings = torch.tensor(_ending_ids(model, TEMPLATE.format(noun=nouns[0], year="1742", century="17")))
     texts = [

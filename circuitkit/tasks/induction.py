@@ -13,17 +13,19 @@ from circuitkit.tasks.text import bos_ids
 
 @task("induction")
 def induction(model: Vocabulary, *, n: int = 64, seed: int = 0, length: int | None = None) -> Task:
-    """Random tokens ``.. A B .. D C ..`` and again up to ``A``: B follows; the corrupt input has A and D exchanged.
+    """Random tokens ``.. A B .. D C ..`` and then the same again up to ``A``: B follows.
 
-    Only the first copy changes: ``.. D B .. A C ..``, after which ``.. A`` calls for C. So the tokens to copy from, and the
-    token that asks, are the same in both; what differs is which token stood before B and before C, the news that a
-    previous-token head brings to the keys of an induction head.
+    In the corrupt input A and D are exchanged in the first copy: ``.. D B .. A C ..``, after which ``.. A``
+    calls for C. So the tokens to copy from, and the token that asks, are the same in both; what differs is
+    which token stood before B and before C, the news that a previous-token head brings to the keys of an
+    induction head.
 
     Args:
         model: any model; special tokens are never drawn, and a tokenizer's BOS comes first.
         n: how many pairs.
         seed: seed of the generator that draws them.
-        length: tokens in the first copy, all different; default: 16, or less where the context or vocabulary is small.
+        length: tokens in the first copy, all different; default: 16, or less where the context or vocabulary
+            is small.
 
     Raises:
         OptionError: if length is below 5.
@@ -36,8 +38,8 @@ def induction(model: Vocabulary, *, n: int = 64, seed: int = 0, length: int | No
         raise OptionError(f"got length = {length}, expected at least 5 tokens to repeat")
     if size > most or size < 5:
         raise TaskError(
-            f"{model.name!r} has a context of {model.n_ctx} and {len(ids)} ids to draw from, too small to repeat "
-            f"{max(size, 5)} different tokens; expected a context of {2 * max(size, 5) + len(bos)} or more"
+            f"{model.name!r} has a context of {model.n_ctx} and {len(ids)} ids to draw from, expected at "
+            f"least {2 * max(size, 5) + len(bos)} and {max(size, 5)}; choose another length or model"
         )
 
     def draw(rng: torch.Generator) -> tuple[tuple[int, ...], int, int]:

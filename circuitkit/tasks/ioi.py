@@ -23,11 +23,12 @@ TEMPLATES = (
     "Because {a} and {b} both liked the {place}, {s} promised a {thing} to",
 )
 NAMES = (
-    "Mary", "John", "Tom", "James", "Sarah", "Michael", "David", "Robert", "Paul", "Mark", "Laura", "Kevin", "Susan", "Peter",
-    "Anna", "Daniel", "Emily", "Jack", "Alice", "George", "Henry", "Lisa", "Martin", "Rachel", "Simon", "Julia", "Steve",
-    "Kate", "Alex", "Adam", "Brian", "Frank", "Helen", "Jane", "Karen", "Linda", "Nick", "Oscar", "Ruth", "Sam", "Tim", "Victor",
+    "Mary", "John", "Tom", "James", "Sarah", "Michael", "David", "Robert", "Paul", "Mark", "Laura", "Kevin",
+    "Susan", "Peter", "Anna", "Daniel", "Emily", "Jack", "Alice", "George", "Henry", "Lisa", "Martin",
+    "Rachel", "Simon", "Julia", "Steve", "Kate", "Alex", "Adam", "Brian", "Frank", "Helen", "Jane", "Karen",
+    "Linda", "Nick", "Oscar", "Ruth", "Sam", "Tim", "Victor",
 )  # fmt: skip
-PLACES = ("store", "garden", "school", "library", "office", "station", "museum", "market", "beach", "park", "hospital")
+PLACES = ("store", "garden", "school", "library", "office", "station", "museum", "market", "beach", "park")
 THINGS = ("book", "drink", "letter", "ring", "ball", "key", "gift", "map", "phone", "flower", "card", "coat")
 
 
@@ -39,11 +40,11 @@ def ioi(
     seed: int = 0,
     corrupt: Literal["giver", "names", "exchanged"] = "giver",
 ) -> Task:
-    """``When A and B arrived .., B gave a book to``: " A" against " B"; each order of the names half of the time.
+    """``When A and B arrived .., B gave a book to``: " A" against " B"; either name may come first.
 
-    Corrupt inputs: ``giver`` puts a third name in place of the giver, so that no name is repeated; ``names`` replaces all
-    three by three unrelated names (the ABC distribution of Wang et al.); ``exchanged`` makes A the giver, so that B
-    becomes right.
+    Corrupt inputs: ``giver`` puts a third name in place of the giver, so that no name is repeated; ``names``
+    replaces all three by three unrelated names (the ABC distribution of Wang et al.); ``exchanged`` makes A
+    the giver, so that B becomes right.
 
     Args:
         model: a model whose tokenizer has names as single tokens.

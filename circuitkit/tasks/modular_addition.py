@@ -21,7 +21,8 @@ def modular_addition(
     p: int | None = None,
     replace: Literal["both", "first", "second"] = "both",
 ) -> Task:
-    """``a, b``: (a + b) mod p is read at b; the corrupt input has other addends with another sum, the wrong answer.
+    """``a, b``: (a + b) mod p is read at b; the corrupt input has other addends with another sum, the wrong
+    answer.
 
     Args:
         model: a model of two numbers; ids 0 to p - 1 are the numbers.

@@ -1,13 +1,15 @@
 """A behaviour stated by the user: token ids, pairs of texts, or a CSV file. Rows are counted from 0.
 
-Padding stands on the right, whatever side the tokenizer pads on: a causal model's real positions cannot see it. For a
-model that is not causal (``model.causal`` is False) the rows are grouped by length, so that no batch has padding.
+Padding stands on the right, whatever side the tokenizer pads on: a causal model's real positions cannot see
+it. For a model that is not causal (``model.causal`` is False) the rows are grouped by length, so that no
+batch has padding.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,15 +18,14 @@ from typing import Any
 
 from circuitkit.errors import FormatError, TaskError
 from circuitkit.functional.metrics import METRICS, Metric
-from circuitkit.shapes import Tokens
 from circuitkit.tasks import rows as checked
 from circuitkit.tasks.base import Batch, Task, Vocabulary
 from circuitkit.tasks.text import answer_ids, encode, pad_right, show_tokens
 
 
 def from_tokens(
-    clean: Tokens,
-    corrupt: Tokens,
+    clean: Any,
+    corrupt: Any,
     right: Any,
     wrong: Any = None,
     *,
@@ -41,12 +42,13 @@ def from_tokens(
     Args:
         clean: inputs that show the behaviour, ``[n, pos]``, padded on the right with anything.
         corrupt: inputs of the same lengths that do not.
-        right: ids counted as right: ``[n]``, ``[n, k]`` or ``[n, answer, k]`` (lists may be ragged, -1 is unused);
-            None for a metric that needs none.
+        right: ids counted as right: ``[n]``, ``[n, k]`` or ``[n, answer, k]`` (lists may be ragged, -1 is
+            unused); None for a metric that needs none.
         wrong: ids counted as wrong, in the same forms.
         lengths: real tokens in each row; default: all.
         positions: where the answer is read, ``[n]`` or ``[n, answer]``; default: the last real token.
-        target: numbers that a numerical output should equal: ``[n]``, ``[n, answer]`` or ``[n, answer, vocab]``.
+        target: numbers that a numerical output should equal: ``[n]``, ``[n, answer]`` or
+            ``[n, answer, vocab]``.
         metric: a registered name, or a `Metric`.
         name: what the task is called.
         vocab: the model, to check ids and lengths against what it can read.
@@ -61,28 +63,11 @@ def from_tokens(
     (Task(own, 2 pairs, logit-diff), torch.Size([2, 1, 1]))
     """
     measure = METRICS[metric] if isinstance(metric, str) else metric
-    inputs, others = checked.token_matrix(clean, "clean"), checked.token_matrix(corrupt, "corrupt")
-    if inputs.shape != others.shape:
-        raise TaskError(
-            f"clean is {tuple(inputs.shape)} and corrupt {tuple(others.shape)}, expected the same number of rows and tokens"
-        )
-    real = checked.real_lengths(lengths, inputs)
-    where = checked.answer_positions(positions, real)
-    inputs, others = checked.inputs(inputs, real, vocab, "clean"), checked.inputs(others, real, vocab, "corrupt")
-    size = checked.output_size(vocab)
-    batch = Batch(
-        clean=inputs,
-        corrupt=others.to(inputs.device),
-        lengths=real,
-        positions=where,
-        right=checked.answers(right, where, size, "right"),
-        wrong=checked.answers(wrong, where, size, "wrong"),
-        target=checked.numbers(target, where),
-    )
+    batch = _batch(vocab, clean, corrupt, lengths, positions, right, wrong, target)
     _check_differs(batch)
     checked.check_needs(measure, batch)
     checked.check_overlap(batch)
-    ragged = int(real.min()) != int(real.max())
+    ragged = len(batch.lengths.unique()) > 1
     parts = _by_length(batch) if ragged and not getattr(vocab, "causal", True) else (batch,)
     return Task(name, parts, measure, tuple(known) if known is not None else None)
 
@@ -105,7 +90,8 @@ def from_pairs(
         model: whose tokenizer is used.
         clean: texts that show the behaviour.
         corrupt: texts of as many tokens that do not.
-        right: for each row the right answer or a list of them, with its leading space; one string serves all rows.
+        right: for each row the right answer or a list of them, with its leading space; one string serves all
+            rows.
         wrong: the wrong answers, likewise.
         metric: a registered name, or a `Metric`.
         name: what the task is called.
@@ -119,7 +105,10 @@ def from_pairs(
     clean, corrupt = _texts(clean, "clean"), _texts(corrupt, "corrupt")
     if len(clean) != len(corrupt):
         raise TaskError(f"got {len(clean)} clean and {len(corrupt)} corrupt texts, expected as many of each")
-    inputs, others = encode(model, clean, prepend_bos=prepend_bos), encode(model, corrupt, prepend_bos=prepend_bos)
+    inputs, others = (
+        encode(model, clean, prepend_bos=prepend_bos),
+        encode(model, corrupt, prepend_bos=prepend_bos),
+    )
     for row, (a, b) in enumerate(zip(inputs, others, strict=True)):
         if len(a) != len(b):
             raise TaskError(
@@ -194,6 +183,37 @@ def from_csv(
     )
 
 
+def _batch(
+    vocab: Vocabulary | None,
+    clean: Any,
+    corrupt: Any,
+    lengths: Any,
+    positions: Any,
+    right: Any,
+    wrong: Any,
+    target: Any,
+) -> Batch:
+    inputs, others = checked.token_matrix(clean, "clean"), checked.token_matrix(corrupt, "corrupt")
+    if inputs.shape != others.shape:
+        raise TaskError(f"clean is {tuple(inputs.shape)} and corrupt {tuple(others.shape)}, expected the same shape")
+    real = checked.real_lengths(lengths, inputs)
+    where = checked.answer_positions(positions, real)
+    inputs, others = (
+        checked.inputs(inputs, real, vocab, "clean"),
+        checked.inputs(others, real, vocab, "corrupt"),
+    )
+    size = checked.output_size(vocab)
+    return Batch(
+        clean=inputs,
+        corrupt=others.to(inputs.device),
+        lengths=real,
+        positions=where,
+        right=checked.answers(right, where, size, "right"),
+        wrong=checked.answers(wrong, where, size, "wrong"),
+        target=checked.numbers(target, where),
+    )
+
+
 def _texts(texts: Any, what: str) -> list[str]:
     rows = [texts] if isinstance(texts, str) else list(texts)
     if not rows:
@@ -238,13 +258,23 @@ def _column(columns: dict[str, list[str]], name: str, path: str | Path) -> list[
 def _check_differs(batch: Batch) -> None:
     same = (batch.clean == batch.corrupt).all(1).nonzero().flatten().tolist()
     if len(same) == len(batch):
-        raise TaskError("clean and corrupt are the same in every row, so nothing can be scored; change the corrupt inputs")
+        raise TaskError(
+            "clean and corrupt are the same in every row, so nothing can be scored; change the corrupt inputs"
+        )
     if same:
         some = ", ".join(map(str, same[:8])) + (", ..." if len(same) > 8 else "")
         warnings.warn(
-            f"clean and corrupt are the same in {len(same)} of {len(batch)} rows ({some}); these pairs score 0",
-            stacklevel=3,
+            f"clean and corrupt are the same in {len(same)} of {len(batch)} rows ({some}); they score 0",
+            stacklevel=_depth(),
         )
+
+
+def _depth() -> int:
+    """How many frames up the user's own line is, so that the warning points at it."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("circuitkit."):
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _by_length(batch: Batch) -> tuple[Batch, ...]:

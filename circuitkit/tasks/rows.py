@@ -26,7 +26,7 @@ def token_matrix(values: Any, what: str) -> Tokens:
 
 
 def real_lengths(lengths: Any, tokens: Tokens) -> Int[Tensor, " batch"]:
-    """Real tokens in each row; all of them by default. Raises TaskError for a length that the row cannot have."""
+    """Real tokens in each row, by default all. Raises TaskError for a length that the row cannot have."""
     n, width = tokens.shape
     if lengths is None:
         return torch.full((n,), width, dtype=torch.long, device=tokens.device)
@@ -40,13 +40,15 @@ def real_lengths(lengths: Any, tokens: Tokens) -> Int[Tensor, " batch"]:
 
 
 def answer_positions(positions: Any, lengths: Int[Tensor, " batch"]) -> Int[Tensor, "batch answer"]:
-    """Where answers are read; the last real token by default. Raises TaskError for a position outside its row."""
+    """Where answers are read, by default the last real token. Raises TaskError for one outside its row."""
     if positions is None:
         return (lengths - 1)[:, None]
     where = _whole(positions, "positions").to(lengths.device)
     where = where[:, None] if where.ndim == 1 else where
     if where.ndim != 2 or len(where) != len(lengths) or not where.shape[1]:
-        raise TaskError(f"positions has shape {tuple(where.shape)}, expected [n] or [n, answer] with n = {len(lengths)}")
+        raise TaskError(
+            f"positions has shape {tuple(where.shape)}, expected [n] or [n, answer] with n = {len(lengths)}"
+        )
     bad = ((where < 0) | (where >= lengths[:, None])).nonzero().tolist()
     if bad:
         row, answer = bad[0]
@@ -102,7 +104,10 @@ def numbers(values: Any, positions: Tensor) -> Float[Tensor, "batch answer vocab
     target = target.reshape(len(positions), 1) if shape == (len(positions),) else target
     target = target[..., None] if target.ndim == 2 else target
     if target.ndim != 3 or target.shape[:2] != positions.shape:
-        raise TaskError(f"target has shape {shape}, expected [n, answer] or [n, answer, vocab] with {tuple(positions.shape)}")
+        raise TaskError(
+            f"target has shape {shape}, expected [n, answer] or [n, answer, vocab] with [n, answer] = "
+            f"{list(positions.shape)}"
+        )
     bad = (~torch.isfinite(target)).nonzero().tolist()
     if bad:
         raise TaskError(f"row {bad[0][0]}: the target {target[tuple(bad[0])].item()} is not a finite number")
@@ -139,7 +144,9 @@ def _whole(values: Any, what: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TaskError(f"{what} is not a tensor of whole numbers: {error}") from error
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
-        raise TaskError(f"{what} has dtype {tensor.dtype}, expected token ids or positions as whole numbers (torch.long)")
+        raise TaskError(
+            f"{what} has dtype {tensor.dtype}, expected token ids or positions as whole numbers (torch.long)"
+        )
     return tensor.long()
 
 

@@ -11,26 +11,29 @@ from circuitkit.tasks.own import from_pairs
 from circuitkit.tasks.text import single_token_words
 
 NOUNS = {
-    "teacher": "teachers", "doctor": "doctors", "friend": "friends", "brother": "brothers", "farmer": "farmers",
-    "lawyer": "lawyers", "student": "students", "driver": "drivers", "artist": "artists", "writer": "writers",
-    "neighbor": "neighbors", "player": "players", "singer": "singers", "guest": "guests", "soldier": "soldiers",
-    "king": "kings", "girl": "girls", "boy": "boys", "author": "authors", "guard": "guards", "worker": "workers",
+    "teacher": "teachers", "doctor": "doctors", "friend": "friends", "brother": "brothers",
+    "farmer": "farmers", "lawyer": "lawyers", "student": "students", "driver": "drivers", "artist": "artists",
+    "writer": "writers", "neighbor": "neighbors", "player": "players", "singer": "singers", "guest": "guests",
+    "soldier": "soldiers", "king": "kings", "girl": "girls", "boy": "boys", "author": "authors",
+    "guard": "guards", "worker": "workers",
 }  # fmt: skip
 OTHERS = {
     "car": "cars", "house": "houses", "tree": "trees", "table": "tables", "door": "doors", "tower": "towers",
-    "bridge": "bridges", "window": "windows", "truck": "trucks", "building": "buildings", "ship": "ships", "wall": "walls",
+    "bridge": "bridges", "window": "windows", "truck": "trucks", "building": "buildings", "ship": "ships",
+    "wall": "walls",
 }  # fmt: skip
 VERBS = {"is": "are", "was": "were", "has": "have", "does": "do"}
-OPENINGS = ("The", "I know that the", "Nobody said that the", "People think the", "Every morning the", "In this town the")
+OPENINGS = ("The", "I know that the", "Nobody said that the", "People think the", "In this town the")
 PLACES = ("near", "behind", "beside", "in front of", "next to")
 
 
 @task("subject-verb-agreement")
 def subject_verb_agreement(model: Vocabulary, *, n: int = 64, seed: int = 0, attractor: bool = True) -> Task:
-    """``The teachers near the car``: are, were, have, do against is, was, has, does; the corrupt subject changes number.
+    """``The teachers near the car``: are, were, have, do against is, was, has, does.
 
-    The metric is the mean logit of the agreeing forms minus that of the others. Half of the clean subjects, on average, are
-    plural, and the second noun's number is drawn independently of the subject's.
+    The corrupt subject has the other number. The metric is the mean logit of the agreeing forms minus that of
+    the others. Half of the clean subjects, on average, are plural, and the second noun's number is drawn
+    independently of the subject's.
 
     Args:
         model: a model whose tokenizer has nouns and their plurals as single tokens.
@@ -65,7 +68,7 @@ def _both_numbers(model: Vocabulary, words: dict[str, str], least: int, what: st
     pairs = [pair for pair in words.items() if set(pair) <= set(fit)]
     if len(pairs) < least:
         raise TaskError(
-            f"only {len(pairs)} of {len(words)} {what} are one token in both numbers for {model.name!r}, expected at least "
-            f"{least}; this task needs a larger vocabulary of whole words (GPT-2's fits)"
+            f"only {len(pairs)} of {len(words)} {what} are one token in both numbers for {model.name!r}, "
+            f"expected at least {least}; this task needs a larger vocabulary of whole words (GPT-2's fits)"
         )
     return pairs

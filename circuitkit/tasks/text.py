@@ -1,4 +1,4 @@
-"""From texts to token ids: what precedes a text, what an answer is as one token, and which words fit a model."""
+"""From texts to token ids: what precedes a text, what one token an answer is, and which words fit a model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from circuitkit.tasks.base import Vocabulary
 def encode(model: Vocabulary, texts: Sequence[str], *, prepend_bos: bool | None = None) -> list[list[int]]:
     """Token ids of each text, without padding, as the model is meant to read them.
 
-    Special tokens that the tokenizer puts before a text are kept (Llama's ``<s>``; GPT-2 has none); those it puts
-    after a text are dropped, because the answer is what follows. There is never a second BOS.
+    Special tokens that the tokenizer puts before a text are kept (Llama's ``<s>``; GPT-2 has none); those it
+    puts after a text are dropped, because the answer is what follows. There is never a second BOS.
 
     Args:
         model: whose tokenizer is used.
         texts: the texts.
-        prepend_bos: True puts the tokenizer's BOS first, False leaves it out, None does what the tokenizer does.
+        prepend_bos: True puts the tokenizer's BOS first, False leaves it out, None does what the tokenizer
+            does.
 
     Raises:
-        TaskError: if the model has no tokenizer, a row is not a text or is empty, or there is no BOS to put first.
+        TaskError: if the model has no tokenizer, a row is not a text or is empty, or there is no BOS to put
+            first.
     """
     tokenizer = _tokenizer(model)
     for row, text in enumerate(texts):
@@ -42,7 +44,7 @@ def encode(model: Vocabulary, texts: Sequence[str], *, prepend_bos: bool | None 
 
 
 def bos_ids(model: Vocabulary) -> list[int]:
-    """Special tokens that the tokenizer puts before every text; none if it has none or there is no tokenizer."""
+    """Special tokens that the tokenizer puts before every text; none where there is no tokenizer."""
     return [] if model.tokenizer is None else _prefix(model.tokenizer, None)
 
 
@@ -51,9 +53,9 @@ def answer_ids(
 ) -> list[int]:
     """The one token that each answer is when it follows its context; ``rows`` are their numbers for messages.
 
-    An answer is encoded as the continuation of its text, because many tokenizers treat the start of a text specially;
-    where appending it would change the text's own tokens, it is encoded alone. Either way the token, decoded after the
-    context, must spell exactly the answer.
+    An answer is encoded as the continuation of its text, because many tokenizers treat the start of a text
+    specially; where appending it would change the text's own tokens, it is encoded alone. Either way the
+    token, decoded after the context, must spell exactly the answer.
 
     Raises:
         TaskError: if an answer is not one token; the message names the row and the tokens that came out.
@@ -68,9 +70,7 @@ def answer_ids(
     before = _plain(tokenizer, list(contexts))
     joined = _plain(tokenizer, [c + a for c, a in zip(contexts, answers, strict=True)])
     alone = _plain(tokenizer, list(answers))
-    return [
-        _one_token(tokenizer, row, *parts) for row, *parts in zip(rows, answers, before, joined, alone, strict=True)
-    ]
+    return [_one_token(tokenizer, *parts) for parts in zip(rows, answers, before, joined, alone, strict=True)]
 
 
 def single_token_words(
@@ -91,8 +91,8 @@ def single_token_words(
     }
     if len(fit) < least:
         raise TaskError(
-            f"only {len(fit)} of {len(words)} {what} are one token for {model.name!r}, expected at least {least}; "
-            "this task needs a larger vocabulary of whole words (GPT-2's fits)"
+            f"only {len(fit)} of {len(words)} {what} are one token for {model.name!r}, expected at least "
+            f"{least}; this task needs a larger vocabulary of whole words (GPT-2's fits)"
         )
     return fit
 

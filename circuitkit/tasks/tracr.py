@@ -9,16 +9,18 @@ from typing import Any, Literal
 import torch
 
 from circuitkit.errors import OptionError, TaskError
-from circuitkit.tasks.base import Task, Vocabulary, task
+from circuitkit.tasks.base import Batch, Task, Vocabulary, task
 from circuitkit.tasks.draw import choose, generator, pick
 from circuitkit.tasks.own import from_tokens
 
+NEEDED = ("components", "examples", "input_tokens", "output_values", "output_variable")
 INPUT_WRITES = frozenset({"tokens", "indices", "one"})
+HEAD_READS = {"<q>": "reads_query", "<k>": "reads_key", "<v>": "reads_value"}
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One pair: ids of both inputs, outputs of both at the clean input's positions (None where there is none)."""
+    """One pair: ids of both inputs, and their outputs at the clean input's positions (None: not defined)."""
 
     clean: tuple[int, ...]
     corrupt: tuple[int, ...]
@@ -32,29 +34,34 @@ def tracr(
 ) -> Task:
     """The program of a ``tracr/<program>`` model, read at every position after BOS, with its known circuit.
 
-    Inputs are the examples stored beside the weights; a pair is two of them with different outputs. Right is the program's
-    output on the clean input; wrong is its output on the corrupt one, or another seeded value where the two agree. Programs
-    with numbers as output are judged by the squared error. These models are not causal: one batch per length.
+    Inputs are the examples stored beside the weights; a pair is two of them with different outputs. Right is
+    the program's output on the clean input; wrong is its output on the corrupt one, or another seeded value
+    where the two agree. Programs with numbers as output are judged by the squared error. These models are not
+    causal: one batch per length.
 
-    Known circuit: an edge u -> v wherever a variable that u writes is one that v reads. Variables that the pair does not
-    change (``one``, ``indices``, anything computed from the length) give edges of the circuit that score 0 here.
+    Known circuit: an edge u -> v wherever a variable that u writes is one that v reads. Variables that the
+    pair does not change (``one``, ``indices``, anything computed from the length) give edges of the circuit
+    that score 0 here.
 
     Args:
         model: a model whose card has components, examples and names of tokens.
         n: how many pairs.
         seed: seed of the generator that draws them.
-        corrupt: ``same-length``, or ``shorter``: a shorter input filled up with PAD, which also changes what depends on
-            the length (PAD is inert in hist, reverse, length, frac_prevs and pair_balance; in sort_unique it is a value,
-            and the program's output is not defined). Default: same-length, unless no two inputs of one length have
-            different outputs, as in ``length``.
+        corrupt: ``same-length``, or ``shorter``: a shorter input filled up with PAD, which also changes what
+            depends on the length (PAD is inert in hist, reverse, length, frac_prevs and pair_balance; in
+            sort_unique it is a value, and the program's output is not defined). Default: same-length, unless
+            no two inputs of one length have different outputs, as in ``length``.
 
     Raises:
         OptionError: for another value of corrupt.
         TaskError: if the model is no compiled program, or fewer than n pairs exist.
     """
     card = model.card
-    if missing := [key for key in ("components", "examples", "input_tokens", "output_variable") if key not in card]:
-        raise TaskError(f"{model.name!r} is no compiled program: its card lacks {', '.join(missing)}; use 'tracr/hist' or another")
+    if missing := [key for key in NEEDED if key not in card]:
+        raise TaskError(
+            f"{model.name!r} is no compiled program, its card lacks {', '.join(missing)}; use 'tracr/hist' or"
+            " another of the zoo's"
+        )
     if corrupt not in (None, "same-length", "shorter"):
         raise OptionError(f"got corrupt = {corrupt!r}, expected 'same-length', 'shorter' or None")
     rng = generator(seed)
@@ -62,7 +69,7 @@ def tracr(
     if not rows and corrupt is None:
         rows = _pairs(card, shorter=True)
     chosen = choose(rows, n, rng)
-    batches = []
+    batches: list[Batch] = []
     for length in sorted({len(row.clean) for row in chosen}):
         group = [row for row in chosen if len(row.clean) == length]
         positions = [list(range(1, length))] * len(group)
@@ -81,7 +88,8 @@ def tracr(
 def known_edges(card: dict[str, Any]) -> tuple[str, ...]:
     """The edges along which a compiled program's variables travel.
 
-    >>> known_edges({"components": [{"component": "L0MLP", "reads": ["tokens"], "writes": ["y"]}], "output_variable": "y"})
+    >>> mlp = {"component": "L0MLP", "reads": ["tokens"], "writes": ["y"]}
+    >>> known_edges({"components": [mlp], "output_variable": "y"})
     ('input->m0', 'm0->logits')
     """
     writers: list[tuple[str, int, frozenset[str]]] = [("input", -1, INPUT_WRITES)]
@@ -89,7 +97,7 @@ def known_edges(card: dict[str, Any]) -> tuple[str, ...]:
     for part in card["components"]:
         name, stage = _component(part["component"])
         writers.append((name, stage, frozenset(part["writes"])))
-        slots = {"": "reads"} if "reads" in part else {"<q>": "reads_query", "<k>": "reads_key", "<v>": "reads_value"}
+        slots = {"": "reads"} if "reads" in part else HEAD_READS
         readers += [(name + slot, stage, frozenset(part[key])) for slot, key in slots.items()]
     last = max(stage for _, stage, _ in writers) + 1
     readers.append(("logits", last, frozenset({card["output_variable"]})))

@@ -1,0 +1,149 @@
+"""Activation patching: replace one activation and see what the metric does.
+
+    noising     score(n) = M(clean) - M(clean, with a_n corrupt)            is n necessary?
+    denoising   score(n) = M(corrupt, with a_n clean) - M(corrupt)          is n sufficient?
+
+Positive means that n supports the behaviour, in both directions; they answer different questions and find different
+heads. Patching whole-stream sites late in the network always works and localises nothing.
+Cost: one replay from n's layer on per component (and position); components are rows of a batch.
+References: Vig et al. 2020, arXiv:2004.12265; Meng et al. 2022, arXiv:2202.05262;
+Zhang and Nanda 2024, arXiv:2309.16042.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from circuitkit.circuit import NodeScores
+from circuitkit.errors import OptionError
+from circuitkit.functional.ablation import check_corrupt_value, task_mean
+from circuitkit.methods.base import Plan, method, run_bytes, with_reference
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.sites import Place, activations, editor, find_places, selection
+from circuitkit.tasks.base import Batch, Task
+
+
+@method("activation-patching", level="node")
+def activation_patching(
+    model: Model,
+    task: Task,
+    *,
+    plan: Plan,
+    site: str = "resid",
+    direction: str = "noising",
+    per_position: bool = True,
+    corrupt_value: str = "counterfactual",
+) -> NodeScores:
+    """Patch every component of one kind, at every position or at all positions together.
+
+    Raises:
+        OptionError: for an unknown site, direction or corrupt value, a site that the model lacks, or denoising with a
+            corrupt value that is not a run.
+    """
+    check_corrupt_value(corrupt_value)
+    if direction not in ("noising", "denoising"):
+        raise OptionError(f"got direction = {direction!r}, expected 'noising' or 'denoising'")
+    if direction == "denoising" and corrupt_value != "counterfactual":
+        raise OptionError(
+            "denoising patches clean activations into a corrupt run, so corrupt_value must be 'counterfactual'"
+        )
+    places = find_places(model, site)
+    means = _means(model, task, plan, site, places, corrupt_value)
+    effects, gaps = [], []
+    width = max(batch.clean.shape[1] for batch in task.batches)
+    for batch in plan.chunks(task, lambda b: run_bytes(model, b), model, f"patching {site}"):
+        runs = model.record(batch.clean), model.record(batch.corrupt)
+        batch = with_reference(model, task, batch, runs[0])
+        clean, corrupt = (task.metric(model.logits(run.inputs[-1], batch.positions), batch) for run in runs)
+        noising = direction == "noising"
+        base, source = (runs[0], runs[1]) if noising else (runs[1], runs[0])
+        values = activations(model, source, places) if means is None else [m.to(batch.clean.device) for m in means]
+        columns = _columns(batch, width) if per_position else _all_positions(batch)
+        reference = clean if noising else corrupt
+        blocks = [
+            _patch(model, task, plan, batch, base, place, value, columns, reference)
+            for place, value in zip(places, values, strict=True)
+        ]
+        effects.append(torch.cat(blocks, 1) * (1 if noising else -1))
+        gaps.append(torch.stack([clean, corrupt], 1))
+    clean_mean, corrupt_mean = torch.cat(gaps).mean(0).tolist()
+    mean, stderr, n = _moments(torch.cat(effects).double())
+    rows, names = _labels(model, site, places, per_position, width)
+    shape = (len(rows), len(names))
+    return NodeScores(
+        mean.reshape(shape), stderr.reshape(shape), rows, names, clean_mean, corrupt_mean, n_examples=n
+    )  # fmt: skip
+
+
+def _means(
+    model: Model, task: Task, plan: Plan, site: str, places: list[Place], corrupt_value: str
+) -> list[Tensor] | None:
+    if corrupt_value == "counterfactual":
+        return None
+    if site == "pattern" and corrupt_value != "zero" and len({b.clean.shape[1] for b in task.batches}) > 1:
+        raise OptionError("a mean pattern needs pairs of one length")
+    recorded = [
+        (activations(model, model.record(b.clean), places), b.lengths)
+        for b in plan.chunks(task, lambda b: 2 * run_bytes(model, b), model, "mean activations")
+    ]
+    per_position = corrupt_value == "position-mean"
+    means = [task_mean(((v[i], n) for v, n in recorded), per_position=per_position) for i in range(len(places))]
+    return [torch.zeros_like(m) for m in means] if corrupt_value == "zero" else means
+
+
+def _columns(batch: Batch, width: int) -> Tensor:
+    """Which position each column means in each example: counted from the end, so that answers line up; -1 for none."""
+    ends = batch.lengths[:, None] - width + torch.arange(width, device=batch.clean.device)
+    return ends.clamp(min=-1)[..., None]
+
+
+def _all_positions(batch: Batch) -> Tensor:
+    return torch.arange(batch.clean.shape[1], device=batch.clean.device).expand(len(batch), 1, -1)
+
+
+def _patch(
+    model: Model, task: Task, plan: Plan, batch: Batch, base: Run, place: Place, value: Tensor,
+    columns: Tensor, reference: Tensor,
+) -> Tensor:  # fmt: skip
+    """reference - M(patched) for every node and column of one block: [batch, node, column]."""
+    n = place.n
+    units = [(node, column) for node in range(n) for column in range(columns.shape[1])]
+    size = max(1, plan.rows(run_bytes(model, batch), model.device) // len(batch))
+    found: list[Tensor] = []
+    for first in range(0, len(units), size):
+        node, column = torch.tensor(units[first : first + size], device=batch.clean.device).T
+        rows = torch.arange(len(batch), device=batch.clean.device).repeat(len(node))
+        where = columns[rows, column.repeat_interleave(len(batch))]
+        chosen = selection(where, node.repeat_interleave(len(batch)), batch.clean.shape[1], n)
+        edit = editor(place, value, rows, chosen)
+        x, hooks = base.inputs[place.block][rows], []
+        if place.port is None:
+            x = edit(x)
+        else:
+            hooks = [(place.port, edit)]
+        last = model.replay(base, place.block, x, rows, hooks)
+        many = batch.rows(rows)
+        patched = task.metric(model.logits(last, many.positions), many)
+        effect = torch.where((where >= 0).any(1), reference[rows] - patched, torch.nan)
+        found.append(effect.unflatten(0, (len(node), len(batch))).T)
+    return torch.cat(found, 1).unflatten(1, (n, -1))
+
+
+def _moments(effects: Tensor) -> tuple[Tensor, Tensor, int]:
+    count = effects.isfinite().sum(0)
+    mean = effects.nanmean(0)
+    spread = (effects - mean).square().nansum(0) / (count - 1).clamp(min=1)
+    return mean.float().cpu(), (spread / count.clamp(min=1)).sqrt().float().cpu(), len(effects)
+
+
+def _labels(
+    model: Model, site: str, places: list[Place], per_position: bool, width: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    n, blocks = places[0].n, [f"L{place.block}" for place in places]
+    if site == "resid":
+        blocks[-1] = "final"
+    if per_position:
+        rows = [b if n == 1 else f"{b}H{i}" for b in blocks for i in range(n)]
+        return tuple(rows), tuple(str(i - width + 1) if i < width - 1 else "end" for i in range(width))
+    return tuple(blocks), tuple("all" if n == 1 else f"H{i}" for i in range(n))

@@ -1,0 +1,166 @@
+"""What was measured: `Result` of a circuit on a task, and `NodeScores` of single components."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, eq=False)
+class NodeScores:
+    """One number per component, or per component and position; positive supports the behaviour.
+
+    Args:
+        values: effect on the metric, mean over examples; NaN where no example has the position.
+        stderr: standard error of each mean.
+        rows: labels of the first axis.
+        columns: labels of the second axis.
+        clean: metric of the whole model on clean inputs.
+        corrupt: metric of the whole model on corrupt inputs.
+        method: the registered name.
+        options: the method's options as used.
+        n_examples: how many examples the mean is over.
+        provenance: task, model, seconds.
+    """
+
+    values: Float[Tensor, "row column"]
+    stderr: Float[Tensor, "row column"]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    clean: float
+    corrupt: float
+    method: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    n_examples: int = 0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def normalised(self) -> Float[Tensor, "row column"]:
+        """Effects as a share of clean - corrupt; NaN if these are equal."""
+        gap = self.clean - self.corrupt
+        return self.values / (gap if abs(gap) > 1e-9 else math.nan)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A table with the rows and columns of the heat map."""
+        import pandas as pd
+
+        return pd.DataFrame(self.values.tolist(), index=list(self.rows), columns=list(self.columns))
+
+    def plot(self) -> go.Figure:
+        """The usual heat map: layers (or components) down, positions (or heads) across."""
+        from circuitkit.figures.heatmap import position_heatmap
+
+        where = self.options.get("site", "component")
+        title = f"{self.options.get('direction', 'patching')} the {where} ({self.provenance.get('task', 'task')})"
+        return position_heatmap(self.normalised, list(self.rows), list(self.columns), title)
+
+    def __repr__(self) -> str:
+        return f"NodeScores({self.method}, {len(self.rows)} x {len(self.columns)}, {self.n_examples} examples)"
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Faithfulness at one size of circuit.
+
+    Args:
+        fraction: nominal share of all edges, as MIB counts it.
+        n_edges: edges left after pruning the dangling ones.
+        faithfulness: normalised; None where it is undefined.
+        absolute: whether edges were ranked by magnitude (True) or by signed score (False).
+    """
+
+    fraction: float
+    n_edges: int
+    faithfulness: float | None
+    absolute: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a circuit was measured to do on a task. Metric means are over examples.
+
+    Args:
+        task: the task's name.
+        metric: the metric's name; bigger means the behaviour is done better.
+        corrupt_value: what removed edges carry: counterfactual, mean or zero.
+        clean: metric of the whole model on clean inputs.
+        corrupt: metric with every edge removed.
+        circuit: metric with the edges outside the circuit removed.
+        faithfulness: (circuit - corrupt) / (clean - corrupt), a ratio of means; None if clean equals corrupt.
+        faithfulness_interval: 95 % bootstrap interval over examples, or None.
+        random_faithfulness: mean over random connected circuits of the same number of edges, or None.
+        random_interval: lowest and highest of those, or None.
+        gap_interval: 95 % bootstrap interval of clean - corrupt: whether there is a behaviour at all.
+        n_edges: edges in the circuit.
+        n_possible: edges in the graph.
+        n_examples: examples measured.
+        curve_points: faithfulness at the sizes of MIB's grid, signed and absolute; empty if no ranking was known.
+        cpr: area under the signed curve (MIB's circuit performance ratio), or None.
+        cmd: area between the absolute curve and 1 (MIB's circuit-model distance), or None.
+        log_area: area under the signed curve over log10 of the size, divided by its width, or None.
+        known: AUROC of the ranking and precision and recall of the circuit against the known circuit, or None.
+        seconds: wall-clock time of the evaluation.
+        seed: seed of the random circuits and the bootstrap.
+    """
+
+    task: str
+    metric: str
+    corrupt_value: str
+    clean: float
+    corrupt: float
+    circuit: float
+    faithfulness: float | None
+    faithfulness_interval: tuple[float, float] | None
+    random_faithfulness: float | None
+    random_interval: tuple[float, float] | None
+    n_edges: int
+    n_possible: int
+    n_examples: int
+    gap_interval: tuple[float, float] | None = None
+    curve_points: tuple[CurvePoint, ...] = ()
+    cpr: float | None = None
+    cmd: float | None = None
+    log_area: float | None = None
+    known: Mapping[str, float | None] | None = None
+    seconds: float = 0.0
+    seed: int = 0
+
+    @property
+    def defined(self) -> bool:
+        """Whether faithfulness has a meaning: clean and corrupt metrics differ."""
+        return self.faithfulness is not None
+
+    @property
+    def better_than_chance(self) -> bool:
+        """Whether there is a behaviour, and the circuit carries more of it than every random circuit of its size."""
+        return self.verdict == "better than chance"
+
+    @property
+    def verdict(self) -> str:
+        """In words: ``better than chance``, or ``no better than chance`` and why.
+
+        The reasons, in order: corrupting the input does not lower the metric (its 95 % interval reaches zero), or the
+        interval of the circuit's faithfulness reaches down to a random circuit's.
+        """
+        if self.faithfulness is None or self.faithfulness_interval is None:
+            return "no better than chance: corrupting the input changes nothing, so faithfulness is undefined"
+        if self.gap_interval is not None and self.gap_interval[0] <= 0:
+            return "no better than chance: corrupting the input does not lower the metric, so there is no behaviour"
+        if self.random_interval is not None and self.faithfulness_interval[0] <= self.random_interval[1]:
+            return "no better than chance: a random circuit of the same size does as well"
+        return "better than chance"
+
+    def curve(self) -> go.Figure:
+        """Faithfulness against circuit size as a plotly figure."""
+        from circuitkit.figures.curve import faithfulness_curve
+
+        return faithfulness_curve(self)

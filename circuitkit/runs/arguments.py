@@ -1,0 +1,31 @@
+"""Arguments that several commands share, in the words of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+BatchSize = Annotated[str, typer.Option(help="Examples at a time: a number, or auto.")]
+Budget = Annotated[str | None, typer.Option(help="Memory that activations may take, such as 4GiB.")]
+Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
+Seed = Annotated[int, typer.Option(help="Seed of the task, the random circuits and the bootstrap.")]
+Kind = Literal["models", "tasks", "methods", "formats"]
+ModelName = Annotated[
+    str, typer.Argument(help="A name from [bold]circuitkit list models[/], a local folder or a hub id.")
+]
+TaskName = Annotated[str, typer.Argument(help="A name from [bold]circuitkit list tasks[/].")]
+Method = Annotated[str, typer.Option(help="A name from [bold]circuitkit list methods[/].")]
+Metric = Annotated[
+    str | None, typer.Option(help="A metric other than the task's own: logit-diff, prob-diff, kl, ...")
+]
+Pairs = Annotated[int, typer.Option("--n", min=1, help="How many pairs the task draws.")]
+Edges = Annotated[int, typer.Option(min=1, help="How many edges the circuit may have.")]
+Selection = Annotated[
+    Literal["top", "grow"], typer.Option(help="Strongest connected edges, or best first from the logits.")
+]
+Signed = Annotated[bool, typer.Option("--signed", help="Rank by signed score instead of magnitude.")]
+RunFolder = Annotated[Path | None, typer.Option(help="Run folder; runs/MODEL-TASK-METHOD if not given.")]
+CircuitPath = Annotated[Path, typer.Argument(help="A circuit.json, or the run folder that holds it.")]
