@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 TL4    := .venv-tl4
 BIN    := $(VENV)/bin
-PIP     = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
+PIP     = $(@D)/bin/python -m pip install -qq --disable-pip-version-check
 
 # torch goes in on its own first: asked for together with the rest, pip may take a build with gigabytes of CUDA.
 TORCH  := torch==2.13.0
@@ -32,6 +32,7 @@ test-tl4: $(TL4)/.ready
 	$(TL4)/bin/python -m pytest -n 2 tests/test_transformers.py tests/test_zoo.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "setting up $(@D): a few minutes, once"
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(PIP) -c constraints.txt $(TORCH)
 	$(PIP) -c constraints.txt -e ".[test]"
@@ -42,6 +43,7 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	touch $@
 
 $(TL4)/.ready: pyproject.toml constraints.txt
+	@echo "setting up $(@D): a few minutes, once"
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(PIP) $(TORCH)
 	grep -v '^transformer-lens==' constraints.txt > $(@D)/constraints.txt

@@ -9,15 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuitkit.circuit import Circuit, Result, Scores
+    from circuitkit.circuit import Circuit, Scores
     from circuitkit.errors import CircuitKitError
     from circuitkit.evaluation.faithfulness import evaluate
     from circuitkit.exporters.base import export
     from circuitkit.graph import Graph
-    from circuitkit.methods.activation_patching import activation_patching
     from circuitkit.methods.base import score
     from circuitkit.models.base import load
     from circuitkit.models.hooked import Model
+    from circuitkit.result import NodeScores, Result
     from circuitkit.runs.pipeline import find
     from circuitkit.tasks.base import Batch, Task
     from circuitkit.tasks.base import make as task
@@ -30,11 +30,11 @@ __all__ = [
     "CircuitKitError",
     "Graph",
     "Model",
+    "NodeScores",
     "Result",
     "Scores",
     "Task",
     "__version__",
-    "activation_patching",
     "evaluate",
     "export",
     "find",
@@ -49,10 +49,10 @@ _HOMES = {
     "CircuitKitError": "circuitkit.errors",
     "Graph": "circuitkit.graph",
     "Model": "circuitkit.models.hooked",
-    "Result": "circuitkit.circuit",
+    "NodeScores": "circuitkit.result",
+    "Result": "circuitkit.result",
     "Scores": "circuitkit.circuit",
     "Task": "circuitkit.tasks.base",
-    "activation_patching": "circuitkit.methods.activation_patching",
     "evaluate": "circuitkit.evaluation.faithfulness",
     "export": "circuitkit.exporters.base",
     "find": "circuitkit.runs.pipeline",

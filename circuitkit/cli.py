@@ -61,9 +61,7 @@ def list_names(
 
     entries = catalogue(kind)
     if as_json:
-        _json(
-            {kind: {name: {"line": e.line, "options": option_lines(e.thing)} for name, e in entries.items()}}
-        )
+        _json({kind: {name: {"line": e.line, "options": option_lines(e.thing)} for name, e in entries.items()}})
         return
     rows = []
     for name, entry in entries.items():
@@ -126,7 +124,7 @@ def score(
     context: typer.Context,
     model: arg.ModelName,
     task: arg.TaskName,
-    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    out: Annotated[Path, typer.Option(help="The file to write: safetensors for edges, CSV for nodes.")],
     method: arg.Method = "eap-ig",
     metric: arg.Metric = None,
     n: arg.Pairs = 64,
@@ -136,10 +134,10 @@ def score(
     progress: arg.Progress = True,
     as_json: arg.Json = False,
 ) -> None:
-    """Score every edge and write the scores only."""
+    """Score every edge (or node) and write the scores only."""
     from circuitkit.runs.report import score_table
     from circuitkit.runs.request import Request, read_settings
-    from circuitkit.runs.store import check_file
+    from circuitkit.runs.store import check_file, write_scores
     from circuitkit.schema import jsonable
 
     asked = {"model": model, "n": n, "seed": seed}
@@ -147,12 +145,12 @@ def score(
     settings = read_settings(batch_size, budget, progress)
     check_file(out)
     scores = request.score(**settings)
-    scores.save(out)
+    write_scores(out, scores)
     if as_json:
         _json({"scores": str(out), "method": scores.method, "options": jsonable(scores.options)})
     else:
         _out(score_table(scores))
-        _out(Text(f"{scores.graph.n_edges:,} scores in {out}"))
+        _out(Text(f"all scores in {out}"))
 
 
 @app.command("eval")
@@ -178,7 +176,7 @@ def evaluate(
     path = circuit_file(circuit)
     result, note = evaluate_again(path, model=model, task=task, metric=metric, n=n, seed=seed, **settings)
     if as_json:
-        _json({"circuit": str(path), "note": note, "result": result_to_dict(result)})
+        _json({"circuit": str(path), "note": note, "result": {**result_to_dict(result), "verdict": result.verdict}})
     else:
         _out(result_table(result, f"{path} on {result.task}"))
         _out(Text(f"note: {note}" if note else "the same weights and the same pairs as when it was found"))

@@ -115,7 +115,8 @@ def draw(circuit: Circuit, *, most: int | None = None) -> Drawing:
     names = sorted(found, key=lambda name: (found[name].stage, name not in shared, found[name].index or 0))
     number = {name: i for i, name in enumerate(names)}
     ends = np.array(
-        [[number[circuit.graph.sources[s]], number[owner[d][0]]] for s, d in zip(src, dst, strict=True)], dtype=int
+        [[number[circuit.graph.sources[s]], number[owner[d][0]]] for s, d in zip(src, dst, strict=True)],
+        dtype=int,
     ).reshape(-1, 2)
     boxes = _place([found[name] for name in names], names, shared, ends, strength(circuit)[order])
     return Drawing(boxes, _curves(circuit, order, ends, boxes), _inner(circuit.graph, number), _layer_labels(boxes))
@@ -124,6 +125,12 @@ def draw(circuit: Circuit, *, most: int | None = None) -> Drawing:
 def strength(circuit: Circuit) -> np.ndarray:
     """Magnitude of each edge's score; 0 where the score is not finite."""
     return np.nan_to_num(np.abs(circuit.score.detach().double().cpu().numpy()), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def effect_names(circuit: Circuit) -> tuple[str, str]:
+    """What the colours of positive and negative scores mean; a method without signs has one meaning."""
+    signed = circuit.scores.signed if circuit.scores is not None else circuit.meta.get("signed", True)
+    return ("supports the behaviour", "opposes the behaviour") if signed else ("magnitude, no sign", "below zero")
 
 
 def headline(circuit: Circuit) -> tuple[str, str]:
@@ -180,9 +187,14 @@ def _owners(graph: Graph) -> tuple[list[tuple[str, Node]], set[str]]:
     return owners, shared
 
 
-def _place(nodes: list[Node], names: list[str], shared: set[str], ends: np.ndarray, weight: np.ndarray) -> tuple[Box, ...]:
+def _place(
+    nodes: list[Node], names: list[str], shared: set[str], ends: np.ndarray, weight: np.ndarray
+) -> tuple[Box, ...]:
     levels = sorted({(node.stage, name not in shared) for node, name in zip(nodes, names, strict=True)})
-    row = np.array([levels.index((node.stage, name not in shared)) for node, name in zip(nodes, names, strict=True)], dtype=int)
+    row = np.array(
+        [levels.index((node.stage, name not in shared)) for node, name in zip(nodes, names, strict=True)],
+        dtype=int,
+    )
     has_heads = any(node.kind == "head" for node in nodes)
     aside = np.array([has_heads and node.kind == "mlp" for node in nodes], dtype=bool)
     x = np.zeros(len(nodes))
@@ -206,7 +218,14 @@ def _place(nodes: list[Node], names: list[str], shared: set[str], ends: np.ndarr
         y[here], previous = height, (place[0], layer)
     kinds = ["kv" if name in shared else node.kind for node, name in zip(nodes, names, strict=True)]
     return tuple(
-        Box(names[i], kinds[i], nodes[i].layer, places.index((int(row[i]), int(line[i]))), float(x[i]), round(float(y[i]), 6))
+        Box(
+            names[i],
+            kinds[i],
+            nodes[i].layer,
+            places.index((int(row[i]), int(line[i]))),
+            float(x[i]),
+            round(float(y[i]), 6),
+        )
         for i in range(len(nodes))
     )
 

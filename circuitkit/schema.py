@@ -1,7 +1,7 @@
 """Circuits and results as JSON with a versioned schema, checked by pydantic when they come back in.
 
-A file says what it is in ``"schema": "circuitkit.<kind>/<version>"``. Numbers are written so that they come back bit for
-bit; numbers that are not finite become null, because NaN is not JSON.
+A file says what it is in ``"schema": "circuitkit.<kind>/<version>"``. Numbers are written so that they come back bit
+for bit; numbers that are not finite become null, because NaN is not JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from circuitkit.errors import FormatError, GraphError
 from circuitkit.graph import Graph
 
 VERSIONS = {"circuit": 1, "scores": 1, "result": 1}
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 _REQUIRED_NUMBERS = ("clean", "corrupt", "circuit", "seconds")
 
 
@@ -217,7 +222,9 @@ def result_from_dict(data: Mapping[str, Any], where: str = "the data") -> Result
     unknown = set(data) - {item.name for item in fields(Result)}
     if unknown:
         raise FormatError(f"{where} has unknown result fields: {', '.join(sorted(unknown))[:200]}; remove them")
-    restored = {name: math.nan if value is None and name in _REQUIRED_NUMBERS else value for name, value in data.items()}
+    restored = {
+        name: math.nan if value is None and name in _REQUIRED_NUMBERS else value for name, value in data.items()
+    }
     try:
         # By way of JSON text, where a list is the strict form of a tuple.
         return _result_adapter().validate_json(json.dumps(restored), strict=True)

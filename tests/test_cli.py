@@ -120,6 +120,13 @@ def test_score_writes_scores_only(capsys):
     assert [path.name for path in Path().iterdir()] == ["s.safetensors"]
 
 
+def test_score_of_components_is_a_table(capsys):
+    command = "score induction/trained induction-letters --method activation-patching --site head --n 8 --out s.csv"
+    assert main(typed(command)) == 0
+    assert "effect on the metric" in capsys.readouterr().out
+    assert Path("s.csv").read_text().count("\n") >= 3
+
+
 def test_export_and_view(run, capsys):
     assert main(["export", str(run / "circuit.json"), "out/circuit.graphml"]) == 0
     assert Path("out/circuit.graphml").stat().st_size > 100
@@ -151,6 +158,7 @@ def test_help_on_a_method_has_its_formula_and_options(capsys):
         ("find stories260k gender-pronoun --method eap-ig --stesp 4", "did you mean --steps"),
         ("find stories260k gender-pronoun --method eap-ig --steps many", "expected a whole number"),
         ("find stories260k gender-pronoun --metric logit", "logit"),
+        ("find stories260k gender-pronoun --method activation-patching", "not edges"),
         ("find stories260k gender-pronoun --batch-size some", "batch_size"),
         ("find stories260k gender-pronoun --budget lots", "budget"),
         ("find stories260k gender-pronoun --edges 0", "--edges"),

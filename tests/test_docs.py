@@ -10,9 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(
-    r"^```python[ \t]*(?P<flag>[\w-]*)[ \t]*\n(?P<code>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL
-)
+BLOCK = re.compile(r"^```python[ \t]*(?P<flag>[\w-]*)[ \t]*\n(?P<code>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<target>[^)#\s]+)")
 
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -53,9 +51,7 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
 @named
 def test_links_lead_somewhere(page):
     for link in LINK.finditer(page.read_text()):
-        assert (page.parent / link["target"]).exists(), (
-            f"{page.name} links to {link['target']}, which is not there"
-        )
+        assert (page.parent / link["target"]).exists(), f"{page.name} links to {link['target']}, which is not there"
 
 
 def test_the_readme_has_an_example():

@@ -15,7 +15,6 @@ import torch
 from defusedxml import ElementTree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toys_graph import circuit_on, recurrent_graph, scores_on, transformer_graph
 
 from circuitkit.circuit import Circuit
 from circuitkit.errors import FormatError, UnknownName
@@ -23,9 +22,27 @@ from circuitkit.exporters.base import EXPORTERS, export, format_of
 from circuitkit.exporters.eap_ig import read_eap_ig
 from circuitkit.exporters.table import table_of
 from circuitkit.graph import Graph, Node, chain_graph
+from tests.toys_graph import circuit_on, recurrent_graph, scores_on, transformer_graph
 
-GRAPHS = {"chain": chain_graph(4), "mha": transformer_graph(2, 3), "gqa": transformer_graph(2, 4, 2), "rnn": recurrent_graph()}
-NASTY = ["</script><img onerror=x>", "a\x00b", "a␀b", "\ud800", "ünï😀", 'say "hi"\\', "\\", "two\nlines", "<q>", "\uffff", "\u202e"]
+GRAPHS = {
+    "chain": chain_graph(4),
+    "mha": transformer_graph(2, 3),
+    "gqa": transformer_graph(2, 4, 2),
+    "rnn": recurrent_graph(),
+}
+NASTY = [
+    "</script><img onerror=x>",
+    "a\x00b",
+    "a␀b",
+    "\ud800",
+    "ünï😀",
+    'say "hi"\\',
+    "\\",
+    "two\nlines",
+    "<q>",
+    "\uffff",
+    "\u202e",
+]
 
 
 def named_circuit(names: list[str]) -> Circuit:
@@ -46,7 +63,9 @@ def test_xml_formats_by_networkx(tmp_path, name, suffix):
     assert back.is_directed() and set(back.nodes) == set(truth.nodes) and set(back.edges) == set(truth.edges)
     for source, target, data in truth.edges(data=True):
         found = back.edges[source, target]
-        assert found["score"] == data["score"] and found["weight"] == abs(data["score"]) and found["slot"] == data["slot"]
+        assert (
+            found["score"] == data["score"] and found["weight"] == abs(data["score"]) and found["slot"] == data["slot"]
+        )
         assert found["kind"] == data["kind"]
     for node, data in truth.nodes(data=True):
         assert {key: back.nodes[node][key] for key in data} == data
@@ -103,7 +122,10 @@ def test_dot_by_graphviz(tmp_path):
 def test_cytoscape_json(tmp_path, name):
     circuit = circuit_on(GRAPHS[name], 12)
     data = json.loads(export(circuit, tmp_path / "c.cyjs").read_text(), parse_constant=pytest.fail)
-    truth, back = circuit.to_networkx(), nx.cytoscape_graph({"directed": True, "multigraph": False, **data, "data": []})
+    truth, back = (
+        circuit.to_networkx(),
+        nx.cytoscape_graph({"directed": True, "multigraph": False, **data, "data": []}),
+    )
     assert set(back.edges) == set(truth.edges)
     assert all({"x", "y"} == set(node["position"]) for node in data["elements"]["nodes"])
     assert all(edge["data"]["id"] and edge["data"]["weight"] >= 0 for edge in data["elements"]["edges"])
@@ -117,7 +139,14 @@ def test_own_format_is_the_circuit_file(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["graphml", "gexf", "dot", "cyjs", "circuit.json", "eap-ig.json"])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.sampled_from(NASTY) | st.text(st.characters(), min_size=1, max_size=8), min_size=1, max_size=4, unique=True))
+@given(
+    st.lists(
+        st.sampled_from(NASTY) | st.text(st.characters(), min_size=1, max_size=8),
+        min_size=1,
+        max_size=4,
+        unique=True,
+    )
+)
 def test_odd_labels_open_in_real_readers(tmp_path, suffix, names):
     if {"input", "logits"} & set(names) or any("->" in name for name in names):
         return
@@ -159,7 +188,12 @@ def test_empty_circuits_and_scores_that_are_not_finite(tmp_path, suffix):
 
 def test_the_longest_ending_wins_and_unknown_ones_are_named(tmp_path):
     assert list(EXPORTERS) == ["cyjs", "dot", "eap-ig", "gexf", "graphml", "json"]
-    assert [format_of(n) for n in ("a.json", "a.EAP-IG.json", "a.gv", "b.c.graphml")] == ["json", "eap-ig", "dot", "graphml"]
+    assert [format_of(n) for n in ("a.json", "a.EAP-IG.json", "a.gv", "b.c.graphml")] == [
+        "json",
+        "eap-ig",
+        "dot",
+        "graphml",
+    ]
     circuit = circuit_on(chain_graph(2), 3)
     with pytest.raises(FormatError, match=r"\.graphml"):
         export(circuit, tmp_path / "c.xyz")
@@ -171,7 +205,11 @@ def test_the_longest_ending_wins_and_unknown_ones_are_named(tmp_path):
 def eap_ig_edge_names(n_layers: int, n_heads: int) -> set[str]:
     """Every edge of EAP-IG's graph of a sequential transformer, written down from its definition."""
     layers = [[f"a{i}.h{h}" for h in range(n_heads)] for i in range(n_layers)]
-    groups = [["input"], *itertools.chain.from_iterable((heads, [f"m{i}"]) for i, heads in enumerate(layers)), ["logits"]]
+    groups = [
+        ["input"],
+        *itertools.chain.from_iterable((heads, [f"m{i}"]) for i, heads in enumerate(layers)),
+        ["logits"],
+    ]
     names: set[str] = set()
     for i, group in enumerate(groups[1:], 1):
         for source, reader in itertools.product(itertools.chain(*groups[:i]), group):

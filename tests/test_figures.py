@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys_graph import circuit_on, recurrent_graph, result_of, scores_on, transformer_graph
 
 from circuitkit.circuit import Circuit, CurvePoint
 from circuitkit.drawing import PALETTE, draw, visible
@@ -21,8 +20,14 @@ from circuitkit.figures.curve import faithfulness_curve
 from circuitkit.figures.heatmap import position_heatmap, score_heatmap
 from circuitkit.functional.layout import crossings, layered_x, wrap_rows
 from circuitkit.graph import chain_graph
+from tests.toys_graph import circuit_on, recurrent_graph, result_of, scores_on, transformer_graph
 
-GRAPHS = {"chain": chain_graph(4), "mha": transformer_graph(3, 4), "gqa": transformer_graph(2, 4, 2), "rnn": recurrent_graph()}
+GRAPHS = {
+    "chain": chain_graph(4),
+    "mha": transformer_graph(3, 4),
+    "gqa": transformer_graph(2, 4, 2),
+    "rnn": recurrent_graph(),
+}
 
 
 @st.composite
@@ -71,7 +76,9 @@ def test_a_drawing_has_every_edge_and_runs_upwards(name):
 
 def test_readers_are_drawn_at_their_head_and_shared_ones_apart():
     graph = transformer_graph(1, 4, 2)
-    drawing = draw(Circuit.from_edges(graph, ["input->a0.kv1<k>", "input->a0.kv1<v>", "input->a0.h3<q>", "a0.h3->logits"]))
+    drawing = draw(
+        Circuit.from_edges(graph, ["input->a0.kv1<k>", "input->a0.kv1<v>", "input->a0.h3<q>", "a0.h3->logits"])
+    )
     kinds = {box.name: box.kind for box in drawing.boxes}
     assert kinds == {"input": "input", "a0.kv1": "kv", "a0.h3": "head", "logits": "logits"}
     names = [box.name for box in drawing.boxes]
@@ -92,7 +99,10 @@ def test_circuit_figure(name):
     circuit = circuit_on(GRAPHS[name], 15)
     figure = circuit_figure(circuit)
     assert f"{len(circuit)} of {circuit.graph.n_edges} edges" in figure.layout.title.text
-    assert "faithfulness 0.91 [0.84, 0.97]" in figure.layout.title.text and "random circuits 0.07" in figure.layout.title.text
+    assert (
+        "faithfulness 0.91 [0.84, 0.97]" in figure.layout.title.text
+        and "random circuits 0.07" in figure.layout.title.text
+    )
     hover = [text for trace in figure.data if trace.text is not None for text in trace.text]
     assert sum("score" in text for text in hover) == len(circuit)
     drawn = {trace.line.color for trace in figure.data if trace.mode and trace.mode.startswith("lines")}
@@ -103,7 +113,9 @@ def test_circuit_figure(name):
 def test_circuit_figure_caps_edges_and_says_so():
     circuit = circuit_on(transformer_graph(12, 12), 5000)
     figure = circuit_figure(circuit)
-    assert "5,000 of 32,491 edges" in figure.layout.title.text and "2,000 strongest are drawn" in figure.layout.title.text
+    assert (
+        "5,000 of 32,491 edges" in figure.layout.title.text and "2,000 strongest are drawn" in figure.layout.title.text
+    )
     assert len(figure.data) < 40
     edges = next(trace for trace in figure.data if trace.mode == "markers")
     assert len(edges.text) == 2000
@@ -149,7 +161,14 @@ def test_faithfulness_curve():
 
 
 def test_faithfulness_curve_without_points():
-    nothing = {"curve_points": (), "faithfulness": None, "random_faithfulness": None, "cpr": None, "cmd": None, "log_area": None}
+    nothing = {
+        "curve_points": (),
+        "faithfulness": None,
+        "random_faithfulness": None,
+        "cpr": None,
+        "cmd": None,
+        "log_area": None,
+    }
     figure = faithfulness_curve(result_of(chain_graph(1), **nothing))
     assert len(figure.data) == 0 and any("undefined" in note.text for note in figure.layout.annotations)
     only = (CurvePoint(0.0, 0, 0.0, True), CurvePoint(0.5, 3, None, True), CurvePoint(1.0, 6, 1.0, True))

@@ -13,16 +13,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from toys_graph import circuit_on, recurrent_graph, result_of, scores_on, transformer_graph
 
 from circuitkit.atomic import write_atomic
 from circuitkit.circuit import Circuit, Scores
 from circuitkit.errors import FormatError
 from circuitkit.graph import chain_graph
-from circuitkit.runs.files import load_circuit, load_result, load_scores, save_circuit, save_result, save_scores
+from circuitkit.runs.files import (
+    load_circuit,
+    load_result,
+    load_scores,
+    save_circuit,
+    save_result,
+    save_scores,
+)
 from circuitkit.schema import circuit_from_json, circuit_to_json, jsonable, result_from_dict, result_to_dict
+from tests.toys_graph import circuit_on, recurrent_graph, result_of, scores_on, transformer_graph
 
-GRAPHS = {"chain": chain_graph(3), "mha": transformer_graph(), "gqa": transformer_graph(2, 4, 2), "rnn": recurrent_graph()}
+GRAPHS = {
+    "chain": chain_graph(3),
+    "mha": transformer_graph(),
+    "gqa": transformer_graph(2, 4, 2),
+    "rnn": recurrent_graph(),
+}
 
 
 @pytest.fixture
@@ -225,7 +237,12 @@ def test_writing_makes_folders_keeps_links_and_honours_the_umask(tmp_path):
         write_atomic(path / "below a file", "x")
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text() | st.integers(), lambda x: st.lists(x) | st.tuples(x) | st.dictionaries(st.text(), x)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text() | st.integers(),
+        lambda x: st.lists(x) | st.tuples(x) | st.dictionaries(st.text(), x),
+    )
+)
 def test_jsonable_gives_json(value):
     text = json.dumps(jsonable(value), allow_nan=False)
     assert jsonable(json.loads(text)) == json.loads(text)

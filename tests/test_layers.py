@@ -12,7 +12,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # From the bottom up. Modules of one layer do not know each other, unless KNOWS says so.
 LAYERS = (
-    ("errors", "shapes", "registry", "resources", "atomic"),
+    ("errors", "shapes", "registry", "resources", "atomic", "result"),
     ("functional", "graph"),
     ("circuit",),
     ("schema", "drawing", "models", "tasks", "dictionaries"),
@@ -38,8 +38,7 @@ KNOWS = {
 }
 # Pictures and files are made from circuits, never from models.
 BLIND = {
-    name: {"models", "tasks", "dictionaries", "methods", "evaluation"}
-    for name in ("figures", "exporters", "viewer")
+    name: {"models", "tasks", "dictionaries", "methods", "evaluation"} for name in ("figures", "exporters", "viewer")
 }
 BLIND["schema"] = BLIND["drawing"] = {"models", "tasks", "dictionaries"}
 
@@ -57,9 +56,7 @@ def imported_parts(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} uses a relative import"
             is_package = node.module == "circuitkit"
-            found |= (
-                {f"circuitkit.{alias.name}" for alias in node.names} if is_package else {node.module or ""}
-            )
+            found |= {f"circuitkit.{alias.name}" for alias in node.names} if is_package else {node.module or ""}
     return {name.split(".")[1] for name in found if name.startswith("circuitkit.")}
 
 

@@ -34,9 +34,7 @@ def test_public_names_are_sorted_and_complete():
 
 
 def test_what_type_checkers_see_is_what_is_loaded():
-    block = next(
-        node for node in ast.parse((ROOT / "__init__.py").read_text()).body if isinstance(node, ast.If)
-    )
+    block = next(node for node in ast.parse((ROOT / "__init__.py").read_text()).body if isinstance(node, ast.If))
     seen = {}
     for node in block.body:
         assert isinstance(node, ast.ImportFrom)

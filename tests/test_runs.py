@@ -16,7 +16,9 @@ from circuitkit.graph import chain_graph
 from circuitkit.runs import store
 from circuitkit.runs.manifest import manifest_of
 from circuitkit.runs.options import Option, options_of, read_options
+from circuitkit.runs.provenance import data_sha256, model_sha256
 from circuitkit.runs.store import FILES, check_file, check_target, load_run, page_of, write_run
+from circuitkit.tasks.base import Task
 
 
 def example(edges: int = 4, **meta):
@@ -277,3 +279,25 @@ def test_every_option_of_what_is_registered_can_be_typed():
                 if option.default is not None and not isinstance(option.default, bool):
                     typed = read_options([option.flag, str(option.default)], {option.name: option}, name)
                     assert typed == {option.name: option.default}, f"{name} {option.flag}"
+
+
+def test_the_hash_of_a_model_is_of_its_weights_only():
+    one, two = torch.nn.Linear(3, 2), torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    two[0].load_state_dict(one.state_dict())
+    torch.nn.init.zeros_(two[1].weight)
+    torch.nn.init.zeros_(two[1].bias)
+    assert model_sha256(one) == model_sha256(two)
+    with torch.no_grad():
+        two[0].bias[0] += 1e-6
+    assert model_sha256(one) != model_sha256(two)
+
+
+def test_the_hash_of_the_data_sees_every_token_and_the_metric():
+    clean = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    corrupt = clean.flip(0)
+    task = Task.from_tokens(clean, corrupt, torch.tensor([1, 2]), torch.tensor([3, 4]))
+    again = Task.from_tokens(clean.clone(), corrupt, torch.tensor([1, 2]), torch.tensor([3, 4]))
+    assert data_sha256(task) == data_sha256(again)
+    clean[0, 0] = 7
+    other = Task.from_tokens(clean, corrupt, torch.tensor([1, 2]), torch.tensor([3, 4]))
+    assert len({data_sha256(t) for t in (again, other, again.with_metric("prob-diff"))}) == 3

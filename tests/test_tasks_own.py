@@ -62,8 +62,11 @@ def test_what_lies_in_the_padding_does_not_matter() -> None:
     assert tokens(lengths=[1, 2], corrupt=[[2, 9, 3], [4, 9, 6]]).batches[0].clean.shape == (2, 2)
 
 
-def test_models_that_are_not_causal_get_one_batch_per_length() -> None:
-    task = tokens(lengths=[2, 3], vocab=StubModel(d_vocab=10, n_ctx=3, causal=False))
+@pytest.mark.parametrize(
+    "says", [{"causal": False}, {"card": {"hooked_transformer_config": {"attention_dir": "bidirectional"}}}]
+)
+def test_models_that_are_not_causal_get_one_batch_per_length(says: dict[str, Any]) -> None:
+    task = tokens(lengths=[2, 3], vocab=StubModel(d_vocab=10, n_ctx=3, **says))
     assert [b.clean.tolist() for b in task.batches] == [[[1, 2]], [[4, 5, 6]]]
     assert [b.right.flatten().tolist() for b in task.batches] == [[7], [8]]
 

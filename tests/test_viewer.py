@@ -14,15 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys_graph import circuit_on, recurrent_graph, transformer_graph
 
 import circuitkit.viewer.page as viewer
 from circuitkit.circuit import Circuit
 from circuitkit.graph import Graph, Node, chain_graph
 from circuitkit.viewer.page import embed, page, page_data, write_page
+from tests.toys_graph import circuit_on, recurrent_graph, transformer_graph
 
 HOSTILE = "</script><img src=x onerror=document.body.dataset.owned='yes'>"
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 CIRCUITS = {
     "mha": circuit_on(transformer_graph(3, 4), 25),
     "gqa": circuit_on(transformer_graph(2, 4, 2), 25),
@@ -128,14 +130,36 @@ def test_the_header_says_what_was_measured():
     assert ("faithfulness", "undefined", "") in page_data(undefined)["facts"]
 
 
+def test_a_method_without_signs_claims_none():
+    circuit = CIRCUITS["mha"]
+    unsigned = replace(circuit, scores=replace(circuit.scores, signed=False))
+    assert page_data(unsigned)["effects"] != page_data(circuit)["effects"]
+    assert "supports" not in " ".join(page_data(unsigned)["effects"])
+
+
 def test_scores_that_are_not_finite_become_null():
-    circuit = replace(CIRCUITS["no result"], score=torch.tensor([float("nan")] + [1.0] * (len(CIRCUITS["no result"]) - 1)))
+    circuit = replace(
+        CIRCUITS["no result"], score=torch.tensor([float("nan")] + [1.0] * (len(CIRCUITS["no result"]) - 1))
+    )
     assert payload(page(circuit))["edges"]["score"][-1] is None
 
 
 def dumped(path: Path, profile: Path) -> str:
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    command += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--timeout=20000", "--dump-dom", path.as_uri()]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    command += [
+        f"--user-data-dir={profile}",
+        "--enable-logging=stderr",
+        "--timeout=20000",
+        "--dump-dom",
+        path.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, timeout=90, check=True)
     assert b"CONSOLE" not in done.stderr, done.stderr.decode()
     return done.stdout.decode()

@@ -38,11 +38,7 @@ def test_every_data_file_is_inside(wheel):
 
 def test_every_package_file_is_inside(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
-    files = [
-        path
-        for path in (ROOT / "circuitkit").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    ]
+    files = [path for path in (ROOT / "circuitkit").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     wanted = {str(path.relative_to(ROOT)) for path in files}
     assert wanted <= inside, sorted(wanted - inside)[:5]
 
@@ -51,9 +47,7 @@ def test_licences_are_inside(wheel):
     inside = zipfile.ZipFile(wheel).namelist()
     assert any(name.endswith("licenses/LICENSE") for name in inside)
     for folder in (ROOT / "data").iterdir():
-        assert f"circuitkit/data/{folder.name}/README.md" in inside, (
-            f"{folder.name} has no README with its licence"
-        )
+        assert f"circuitkit/data/{folder.name}/README.md" in inside, f"{folder.name} has no README with its licence"
 
 
 def test_it_has_one_command_and_a_sane_size(wheel):

@@ -17,9 +17,7 @@ def transformer_graph(n_layers: int = 2, n_heads: int = 2, n_kv: int | None = No
         sources += [Node(f"a{layer}.h{h}", "head", layer, stage, h) for h in range(n_heads)]
         for slot, count in (("q", n_heads), ("k", n_kv), ("v", n_kv)):
             letter = "h" if count == n_heads else "kv"
-            destinations += [
-                Node(f"a{layer}.{letter}{i}<{slot}>", "head", layer, stage, i, slot) for i in range(count)
-            ]
+            destinations += [Node(f"a{layer}.{letter}{i}<{slot}>", "head", layer, stage, i, slot) for i in range(count)]
         if mlp:
             sources.append(Node(f"m{layer}", "mlp", layer, stage + 1))
             destinations.append(Node(f"m{layer}", "mlp", layer, stage + 1))

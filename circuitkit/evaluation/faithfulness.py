@@ -21,7 +21,7 @@ from circuitkit.errors import GraphError
 from circuitkit.functional import select
 from circuitkit.functional.stats import auroc, bootstrap_mean, bootstrap_ratio, trapezoid
 from circuitkit.graph import Graph
-from circuitkit.methods.base import Plan, check_task, corrupt_writes, matrix_bytes, with_reference
+from circuitkit.methods.base import Plan, check_task, clean_and_corrupt, corrupt_writes, matrix_bytes, with_reference
 from circuitkit.models.edits import run_circuits
 from circuitkit.models.hooked import Model, quiet
 from circuitkit.tasks.base import Task
@@ -122,9 +122,8 @@ def circuit_metrics(
         corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
         silent = Plan(plan.batch_size, plan.budget, False)
         for batch in silent.chunks(task, lambda b: 2 * matrix_bytes(model, b), model, ""):
-            run = model.record(batch.clean)
+            run, corrupt = clean_and_corrupt(model, batch, corrupt_of)
             batch = with_reference(model, task, batch, run)
-            corrupt = corrupt_of(batch, run)
             clean_parts.append(task.metric(model.logits(run.inputs[-1], batch.positions), batch).double().cpu())
             at_once = max(1, plan.rows(2 * matrix_bytes(model, batch), model.device) // len(batch))
             values = []

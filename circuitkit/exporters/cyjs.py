@@ -12,11 +12,14 @@ from circuitkit.schema import jsonable
 
 @exporter("cyjs")
 def cyjs(circuit: Circuit) -> str:
-    """Cytoscape JSON for Cytoscape desktop and Cytoscape.js; every edge has an id, scores that are not finite are null."""
+    """Cytoscape JSON for Cytoscape desktop and Cytoscape.js; scores that are not finite are null."""
     table = table_of(circuit)
     nodes = [
-        # Screens count downwards.
-        {"data": {**row, "name": row["label"]}, "position": {"x": row["x"], "y": -float(row["y"])}}
+        # Screens count downwards; networkx's reader wants a value.
+        {
+            "data": {**row, "name": row["label"], "value": row["id"]},
+            "position": {"x": row["x"], "y": -float(row["y"])},
+        }
         for row in table.nodes
     ]
     edges = [{"data": {**row, "name": row["id"], "interaction": row["kind"]}} for row in table.edges]

@@ -13,7 +13,11 @@ def dot(circuit: Circuit) -> str:
     """Graphviz DOT; ``neato -n -Tsvg`` keeps our places, ``dot -Tsvg`` lays out anew (slow above 2,000 edges)."""
     table = table_of(circuit)
     largest = max((float(row["weight"]) for row in table.edges), default=0.0) or 1.0
-    lines = ["digraph circuit {", "  rankdir=BT;", '  node [shape=box, style="rounded,filled", fontname="sans-serif"];']
+    lines = [
+        "digraph circuit {",
+        "  rankdir=BT;",
+        '  node [shape=box, style="rounded,filled", fontname="sans-serif"];',
+    ]
     for row in table.nodes:
         looks = {"label": row["label"], "fillcolor": PALETTE.get(str(row["kind"]), PALETTE["error"])}
         looks |= {"pos": f"{row['x']:.1f},{row['y']:.1f}", "kind": row["kind"], "layer": row["layer"]}

@@ -67,7 +67,9 @@ def read_eap_ig(path: str | Path, graph: Graph) -> Circuit:
     known = {name: (row, column) for row, column, name, _ in ungrouped_edges(graph)}
     for name, edge in found.items():
         if name not in known:
-            raise FormatError(f"{path} has the edge {name[:80]!r}, which this graph does not; give the graph of its model")
+            raise FormatError(
+                f"{path} has the edge {name[:80]!r}, which this graph does not; give the graph of its model"
+            )
         score, inside = edge.get("score", float(bool(edge.get("in_graph")))), edge.get("in_graph")
         if not isinstance(inside, bool) or isinstance(score, bool) or not isinstance(score, int | float):
             raise FormatError(f"{path}: edge {name!r} needs in_graph (true or false) and a numeric score, got {edge}")
@@ -102,7 +104,9 @@ def _config(circuit: Circuit) -> dict[str, Any]:
     layers = [node.layer for node in graph.source_nodes if node.kind == "head"]
     if strangers or not layers:
         what = f"nodes of kind {', '.join(strangers)}" if strangers else "no attention heads"
-        raise FormatError(f"EAP-IG's JSON holds transformers only, and this graph has {what}; export to graphml or json")
+        raise FormatError(
+            f"EAP-IG's JSON holds transformers only, and this graph has {what}; export to graphml or json"
+        )
     counts = {layers.count(layer) for layer in set(layers)}
     if len(counts) > 1:
         raise FormatError("EAP-IG's JSON needs the same number of heads in every layer; export to graphml or json")

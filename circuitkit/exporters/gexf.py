@@ -19,7 +19,11 @@ def gexf(circuit: Circuit) -> bytes:
     graph.graph = {}  # GEXF has no attributes of the whole graph
     for _, data in graph.nodes(data=True):
         place = {"x": data["x"], "y": data["y"], "z": 0.0}
-        data["viz"] = {"position": place, "color": _rgb(PALETTE.get(str(data["kind"]), PALETTE["error"])), "size": 10.0}
+        data["viz"] = {
+            "position": place,
+            "color": _rgb(PALETTE.get(str(data["kind"]), PALETTE["error"])),
+            "size": 10.0,
+        }
     for _, _, data in graph.edges(data=True):
         sign = "neutral" if data["kind"] == "internal" else "negative" if data["score"] < 0 else "positive"
         data["viz"] = {"color": _rgb(PALETTE[sign])}

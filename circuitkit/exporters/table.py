@@ -1,7 +1,8 @@
 """The nodes and edges of `Circuit.to_networkx` as rows that every format can hold.
 
-What breaks other tools' readers is settled here once: a column has one type, ids are unique texts over nodes and edges, characters
-that XML forbids are shown in a visible form, ``weight`` is never negative, and places come from the shared drawing.
+What breaks other tools' readers is settled here once: a column has one type, ids are unique texts over nodes and
+edges, characters that XML forbids are shown in a visible form, ``weight`` is never negative, and places come from
+the shared drawing.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Table:
             graph.add_node(row["id"], **{key: value for key, value in row.items() if key != "id"})
         for row in self.edges:
             graph.add_edge(
-                row["source"], row["target"], **{k: v for k, v in row.items() if k not in ("source", "target")}
+                row["source"],
+                row["target"],
+                **{k: v for k, v in row.items() if k not in ("source", "target")},
             )
         return graph
 

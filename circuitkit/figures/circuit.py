@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from circuitkit.circuit import Circuit
-from circuitkit.drawing import KIND_NAMES, PALETTE, Box, Curve, Drawing, draw, headline, visible
+from circuitkit.drawing import KIND_NAMES, PALETTE, Box, Curve, Drawing, draw, effect_names, headline, visible
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -19,7 +19,6 @@ _WIDTHS = 6
 _STEPS = 16  # straight pieces of a curve
 _ARROW_AT = 10
 _MOST_ARROWS = 200
-_EFFECT = {False: "supports the behaviour", True: "opposes the behaviour"}
 
 
 def circuit_figure(circuit: Circuit, *, most: int = MOST_EDGES) -> go.Figure:
@@ -37,33 +36,50 @@ def circuit_figure(circuit: Circuit, *, most: int = MOST_EDGES) -> go.Figure:
     if len(circuit) > most:
         second += f" · the {most:,} strongest are drawn"
     figure = go.Figure()
-    _add_edges(figure, drawing)
+    _add_edges(figure, drawing, effect_names(circuit))
     _add_boxes(figure, drawing)
     # A circuit of few nodes keeps its natural distances instead of being stretched over the whole width.
     left = min([-3.0, *(box.x - 0.8 for box in drawing.boxes)])
     right = max([3.0, *(box.x + 0.8 for box in drawing.boxes)])
     for text, height in drawing.layers:
         figure.add_annotation(
-            x=0, xref="paper", y=height, text=text, showarrow=False, xanchor="left", font={"color": PALETTE["muted"]}
+            x=0,
+            xref="paper",
+            y=height,
+            text=text,
+            showarrow=False,
+            xanchor="left",
+            font={"color": PALETTE["muted"]},
         )
     if not drawing.boxes:
         figure.add_annotation(text="this circuit has no edges", showarrow=False, font={"size": 16}, x=0, y=0)
     figure.update_layout(
         template="plotly_white",
-        title={"text": f"{html.escape(first)}<br><sup>{html.escape(second)}</sup>", "x": 0.02, "xanchor": "left"},
+        title={
+            "text": f"{html.escape(first)}<br><sup>{html.escape(second)}</sup>",
+            "x": 0.02,
+            "xanchor": "left",
+        },
         font={"color": PALETTE["text"]},
         xaxis={"visible": False, "range": [left - 0.1 * (right - left), right]},
         yaxis={"visible": False},
         height=max(420, int(170 + (56 if _crowded(drawing) else 80) * drawing.height)),
         margin={"l": 30, "r": 30, "t": 80, "b": 30},
         hovermode="closest",
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom", "itemsizing": "constant"},
+        legend={
+            "orientation": "h",
+            "x": 1,
+            "xanchor": "right",
+            "y": 1.0,
+            "yanchor": "bottom",
+            "itemsizing": "constant",
+        },
         plot_bgcolor="white",
     )
     return figure
 
 
-def _add_edges(figure: go.Figure, drawing: Drawing) -> None:
+def _add_edges(figure: go.Figure, drawing: Drawing, effects: tuple[str, str]) -> None:
     """One trace per sign and width: a trace has one width, and thousands of traces would be slow."""
     import plotly.graph_objects as go
 
@@ -83,11 +99,9 @@ def _add_edges(figure: go.Figure, drawing: Drawing) -> None:
         points = [point for curve in curves for point in (*_bezier(drawing, curve), None)]
         opacity = min(0.95, (0.3 + 0.65 * share) * (crowd + (1 - crowd) * share))
         colour = PALETTE["negative" if negative else "positive"]
-        figure.add_trace(
-            _line(points, colour, 0.8 + 6.5 * share**1.6, opacity, _EFFECT[negative], arrows=arrows)
-        )
+        figure.add_trace(_line(points, colour, 0.8 + 6.5 * share**1.6, opacity, effects[negative], arrows=arrows))
     for negative in sorted({negative for negative, _ in bins}):
-        key = _line([None], PALETTE["negative" if negative else "positive"], 4, 1, _EFFECT[negative])
+        key = _line([None], PALETTE["negative" if negative else "positive"], 4, 1, effects[negative])
         figure.add_trace(key.update(showlegend=True))
     middles = [_at(drawing, curve, 0.5) for curve in drawing.curves]
     figure.add_trace(
@@ -153,7 +167,7 @@ def _line(
         y=[None if point is None else point[1] for point in points],
         mode="lines+markers" if arrows else "lines",
         marker=marker if arrows else None,
-        line={"color": colour, "width": width, "dash": dash},
+        line={"color": colour, "width": width, "dash": dash, "backoff": 0},
         opacity=opacity,
         hoverinfo="skip",
         name=name,

@@ -21,8 +21,13 @@ def faithfulness_curve(result: Result) -> go.Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for absolute, name, dash in ((False, "ranked by signed score", "solid"), (True, "ranked by magnitude", "dash")):
-        points = [p for p in result.curve_points if p.absolute is absolute and p.faithfulness is not None and p.fraction > 0]
+    for absolute, name, dash in (
+        (False, "ranked by signed score", "solid"),
+        (True, "ranked by magnitude", "dash"),
+    ):
+        points = [
+            p for p in result.curve_points if p.absolute is absolute and p.faithfulness is not None and p.fraction > 0
+        ]
         if points:
             points.sort(key=lambda point: point.fraction)
             colour = PALETTE["negative" if absolute else "positive"]
@@ -35,7 +40,7 @@ def faithfulness_curve(result: Result) -> go.Figure:
                     line={"color": colour, "width": 2.5, "dash": dash},
                     marker={"size": 8, "symbol": "square" if absolute else "circle"},
                     name=name,
-                    hovertemplate="%{x:.3g} % of edges (%{customdata:,} connected)<br>faithfulness %{y:.3f}<extra></extra>",
+                    hovertemplate="%{x:.3g} %: %{customdata:,} connected edges<br>faithfulness %{y:.3f}<extra></extra>",
                 )
             )
     size = 100 * result.n_edges / max(result.n_possible, 1)
@@ -55,20 +60,32 @@ def faithfulness_curve(result: Result) -> go.Figure:
         annotation_position="top left",
     )
     if not figure.data:
-        figure.add_annotation(text="faithfulness is undefined here: no point to draw", showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")
+        figure.add_annotation(
+            text="faithfulness is undefined here: no point to draw",
+            showarrow=False,
+            x=0.5,
+            y=0.5,
+            xref="paper",
+            yref="paper",
+        )
     _dress(figure, result)
     return figure
 
 
-def _point(
-    x: float, y: float, interval: tuple[float, float] | None, name: str, colour: str, symbol: str
-) -> go.Scatter:
+def _point(x: float, y: float, interval: tuple[float, float] | None, name: str, colour: str, symbol: str) -> go.Scatter:
     import plotly.graph_objects as go
 
     bars = None
     if interval is not None:
         low, high = max(0.0, y - interval[0]), max(0.0, interval[1] - y)
-        bars = {"type": "data", "symmetric": False, "array": [high], "arrayminus": [low], "thickness": 1.5, "width": 5}
+        bars = {
+            "type": "data",
+            "symmetric": False,
+            "array": [high],
+            "arrayminus": [low],
+            "thickness": 1.5,
+            "width": 5,
+        }
     return go.Scatter(
         x=[x],
         y=[y],
@@ -86,19 +103,35 @@ def _dress(figure: go.Figure, result: Result) -> None:
         for name, value in (("CPR", result.cpr), ("CMD", result.cmd), ("log area", result.log_area))
         if value is not None
     ]
-    second = " · ".join([visible(result.metric), f"{result.n_examples:,} examples", f"{visible(result.corrupt_value)} values", *areas])
+    second = " · ".join(
+        [
+            visible(result.metric),
+            f"{result.n_examples:,} examples",
+            f"{visible(result.corrupt_value)} values",
+            *areas,
+        ]
+    )
     first = f"how faithful are the strongest edges? {visible(result.task)}"
     figure.update_layout(
         template="plotly_white",
         font={"color": PALETTE["text"]},
-        title={"text": f"{html.escape(first)}<br><sup>{html.escape(second)}</sup>", "x": 0.02, "xanchor": "left"},
+        title={
+            "text": f"{html.escape(first)}<br><sup>{html.escape(second)}</sup>",
+            "x": 0.02,
+            "xanchor": "left",
+        },
         xaxis={
             "title": "edges kept (% of all possible, log scale)",
             "type": "log",
             "tickvals": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100],
             "gridcolor": PALETTE["rule"],
         },
-        yaxis={"title": "faithfulness", "gridcolor": PALETTE["rule"], "zerolinecolor": PALETTE["muted"], "rangemode": "tozero"},
+        yaxis={
+            "title": "faithfulness",
+            "gridcolor": PALETTE["rule"],
+            "zerolinecolor": PALETTE["muted"],
+            "rangemode": "tozero",
+        },
         height=460,
         margin={"l": 70, "r": 30, "t": 80, "b": 110},
         legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},

@@ -57,11 +57,13 @@ def position_heatmap(
     """
     if tuple(values.shape) != (len(rows), len(columns)):
         raise GraphError(
-            f"got values of shape {tuple(values.shape)} for {len(rows)} rows and {len(columns)} columns; they must match"
+            f"got values of shape {tuple(values.shape)} for {len(rows)} rows and {len(columns)} columns; "
+            "give one label per row and column"
         )
     figure = _grid(values.detach().double().cpu().numpy(), rows, columns, "effect", least_ticks=len(columns))
+    largest = float(values.abs().nan_to_num(0).max()) if values.numel() else 0.0
     figure.update_layout(title=_title(title, ""), yaxis_autorange=True)
-    figure.update_traces(zmin=None, zmax=None, zauto=True)
+    figure.update_traces(zmin=-(largest or 1.0), zmax=largest or 1.0)
     return figure
 
 
@@ -103,7 +105,13 @@ def _ticks(labels: list[str], most: int) -> dict[str, object]:
     """Ticks by number, because two columns may carry the same token; every k-th label if there are many."""
     step = max(1, -(-len(labels) // most))
     at = list(range(0, len(labels), step))
-    return {"tickmode": "array", "tickvals": at, "ticktext": [labels[i] for i in at], "showgrid": False, "zeroline": False}
+    return {
+        "tickmode": "array",
+        "tickvals": at,
+        "ticktext": [labels[i] for i in at],
+        "showgrid": False,
+        "zeroline": False,
+    }
 
 
 def _title(first: str, second: str) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Where the nodes of a layered graph stand: plain arrays in, coordinates out; the same input always gives the same picture.
+"""Where the nodes of a layered graph stand: arrays in, coordinates out; the same input gives the same picture.
 
 Each node has a row. Within a row, nodes stand one unit apart, centred on 0, in an order that makes few edges cross.
 """

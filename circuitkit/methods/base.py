@@ -213,18 +213,22 @@ def with_reference(model: Model, task: Task, batch: Batch, run: Run) -> Batch:
     return replace(batch, reference=model.logits(run.inputs[-1], batch.positions))
 
 
-def corrupt_writes(
-    model: Model, task: Task, plan: Plan, corrupt_value: str
-) -> Callable[[Batch, Run], tuple[Tensor, ...]]:
-    """A function that gives, for a batch and its clean run, what each write site carries along a removed edge.
+CorruptWrites = Callable[[Run], tuple[Tensor, ...]] | None
+
+
+def corrupt_writes(model: Model, task: Task, plan: Plan, corrupt_value: str) -> CorruptWrites:
+    """A function from a clean run to what each write site carries along a removed edge; None for the paired run itself.
 
     Means are over the clean inputs of the whole task, padding left out.
+
+    Raises:
+        OptionError: if the name is not one of `CORRUPT_VALUES`.
     """
     check_corrupt_value(corrupt_value)
     if corrupt_value == "counterfactual":
-        return lambda batch, run: model.record(batch.corrupt).writes
+        return None
     if corrupt_value == "zero":
-        return lambda batch, run: tuple(torch.zeros_like(w) for w in run.writes)
+        return lambda run: tuple(torch.zeros_like(w) for w in run.writes)
     per_position = corrupt_value == "position-mean"
     sites = range(len(model.wiring.write_sites))
     recorded = [
@@ -232,11 +236,13 @@ def corrupt_writes(
         for b in plan.chunks(task, lambda b: run_bytes(model, b), model, "mean activations")
     ]
     means = [task_mean(((w[i], lengths) for w, lengths in recorded), per_position=per_position) for i in sites]
+    return lambda run: tuple(mean[: w.shape[1]].to(w).expand_as(w) for mean, w in zip(means, run.writes, strict=True))
 
-    def value(batch: Batch, run: Run) -> tuple[Tensor, ...]:
-        return tuple(mean[: w.shape[1]].to(w).expand_as(w) for mean, w in zip(means, run.writes, strict=True))
 
-    return value
+def clean_and_corrupt(model: Model, batch: Batch, corrupt_of: CorruptWrites) -> tuple[Run, tuple[Tensor, ...]]:
+    """The clean run of a batch, and what each write site carries along a removed edge."""
+    run = model.record(batch.clean)
+    return run, model.record(batch.corrupt).writes if corrupt_of is None else corrupt_of(run)
 
 
 def run_bytes(model: Model, batch: Batch) -> float:

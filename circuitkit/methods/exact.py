@@ -16,6 +16,7 @@ from circuitkit.circuit import Scores
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.base import (
     Plan,
+    clean_and_corrupt,
     corrupt_writes,
     finished,
     matrix_bytes,
@@ -38,19 +39,19 @@ def exact(model: Model, task: Task, *, plan: Plan, corrupt_value: str = "counter
         for batch in Plan(plan.batch_size, plan.budget, False).chunks(
             task, lambda b: matrix_bytes(model, b), model, ""
         ):
-            run = model.record(batch.clean)
+            run, corrupt = clean_and_corrupt(model, batch, corrupt_of)
             batch = with_reference(model, task, batch, run)
-            delta = model.wiring.expand_difference(run.writes, corrupt_of(batch, run))
+            delta = model.wiring.expand_difference(run.writes, corrupt)
             clean = task.metric(model.logits(run.inputs[-1], batch.positions), batch)
             scores = delta.new_zeros(len(batch), *model.graph.mask.shape)
             rows = plan.rows(run_bytes(model, batch) / 4, model.device)
             for site in model.wiring.read_sites:
                 for edges in edge_chunks(model, site, max(1, rows // len(batch))):
-                    logits = patch_edges(model, run, delta, site, edges, batch.positions)
+                    logits, changed = patch_edges(model, run, delta, site, edges, batch.positions)
                     many = batch.rows(torch.arange(len(batch), device=logits.device).repeat(len(edges)))
                     patched = task.metric(logits.flatten(0, 1), many).unflatten(0, (len(edges), len(batch)))
                     src, dst = torch.tensor(edges).T
-                    scores[:, src, dst] = (clean - patched).T.to(scores.dtype)
+                    scores[:, src, dst] = torch.where(changed, clean - patched, 0.0).T.to(scores.dtype)
                     bar.update(len(edges) * len(batch))
             moments.add(scores)
     return finished(model, moments)

@@ -8,6 +8,8 @@ Cost: one forward pass for each of clean and corrupt, and one forward and backwa
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,17 @@ from circuitkit.errors import MetricError
 from circuitkit.functional.attribution import edge_scores
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.base import (
+    CorruptWrites,
     Plan,
     backward_bytes,
+    clean_and_corrupt,
     corrupt_writes,
     finished,
     matrix_bytes,
     with_reference,
 )
 from circuitkit.models.edits import reader_gradients
-from circuitkit.models.hooked import Model
+from circuitkit.models.hooked import Model, Run
 from circuitkit.tasks.base import Batch, Task
 
 
@@ -41,39 +45,59 @@ def path_scores(
             f"metric {task.metric.name!r} has no useful gradient; use another metric, or the method 'exact'"
         )
     corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
-    moments, slope = Moments(), 0.0
+    moments, slope, moved = Moments(), 0.0, False
     at_once = max(1, min(len(alphas), plan.rows(backward_bytes(model, task.batches[0]), model.device)))
 
     def size(batch: Batch) -> float:
         return matrix_bytes(model, batch) + at_once * backward_bytes(model, batch)
 
     for batch in plan.chunks(task, size, model, "edge scores"):
-        run = model.record(batch.clean)
+        run, corrupt, clean = _ends(model, task, batch, corrupt_of, alphas)
         batch = with_reference(model, task, batch, run)
-        corrupt = corrupt_of(batch, run)
-        delta = model.wiring.expand_difference(run.writes, corrupt)
-        scores = delta.new_zeros(len(batch), *model.graph.mask.shape)
-        start, end = corrupt[0].flatten(2), run.writes[0].flatten(2)
+        begin, end = (corrupt[0].flatten(2), clean[0].flatten(2))
+        delta: Tensor | None = None
         for first in range(0, len(alphas), at_once):
             part = slice(first, first + at_once)
-            x = torch.stack([start + alpha * (end - start) for alpha in alphas[part]])
-
-            def objective(logits: Tensor, batch: Batch = batch, part: slice = part) -> Tensor:
-                values = task.metric(logits, _repeated(batch, len(weights[part])))
-                steps = values.unflatten(0, (-1, len(batch))).sum(1)
-                return steps @ steps.new_tensor(weights[part])
-
-            for columns, gradient in reader_gradients(model, run, x, batch.positions, objective):
+            x = torch.stack([begin + alpha * (end - begin) for alpha in alphas[part]])
+            objective = partial(_objective, task, batch, weights[part])
+            writes, groups = reader_gradients(model, run, x, batch.positions, objective)
+            if delta is None:
+                delta = model.wiring.expand_difference(writes if len(clean) == 1 else clean, corrupt)
+                scores = delta.new_zeros(len(batch), *model.graph.mask.shape)
+                moved |= bool((end != begin).any())
+            for columns, gradient in groups:
                 n = int(model.graph.mask[:, columns].any(1).nonzero().max()) + 1
                 scores[:, :n, columns] += edge_scores(delta[:n], gradient)
-                slope = max(slope, float(gradient.abs().max()))
+                if columns.stop == len(model.graph.destinations):
+                    slope = max(slope, float(gradient.abs().max()))
         moments.add(scores)
-    if slope < 1e-6 and bool((delta != 0).any()):
+    if moved and slope < 1e-6:
         raise MetricError(
             f"the gradient of {task.metric.name!r} is zero at the points where it was taken (KL is flat at the clean "
             "run); use 'eap-ig', 'exact', or another metric"
         )
     return finished(model, moments)
+
+
+def _ends(
+    model: Model, task: Task, batch: Batch, corrupt_of: CorruptWrites, alphas: list[float]
+) -> tuple[Run, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A run whose calls can be repeated, and the writes of the corrupt and of the clean end.
+
+    Where the gradient itself is taken at the clean end, that pass also shows what is written there: only the input's
+    write is needed beforehand, and a forward pass is saved.
+    """
+    if corrupt_of is None and alphas == [1.0] and "reference" not in task.metric.needs:
+        run = model.record(batch.corrupt)
+        return run, run.writes, (model.start(batch.clean)[:, :, None],)
+    run, corrupt = clean_and_corrupt(model, batch, corrupt_of)
+    return run, corrupt, run.writes
+
+
+def _objective(task: Task, batch: Batch, weights: list[float], logits: Tensor) -> Tensor:
+    values = task.metric(logits, _repeated(batch, len(weights)))
+    steps = values.unflatten(0, (-1, len(batch))).sum(1)
+    return steps @ steps.new_tensor(weights)
 
 
 def _repeated(batch: Batch, times: int) -> Batch:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuitkit.errors import MetricError
 from circuitkit.functional.attribution import pull_back
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.models.hooked import Hook, Model, Run, keeper, quiet
@@ -28,48 +29,66 @@ def reader_gradients(
     x: Float[Tensor, "step batch pos d"],
     positions: Int[Tensor, "batch answer"],
     objective: Objective,
-) -> Iterator[tuple[slice, Float[Tensor, "node batch pos d"]]]:
+) -> tuple[tuple[Tensor, ...], Iterator[tuple[slice, Float[Tensor, "node batch pos d"]]]]:
     """Gradient of an objective at every reader's private copy of the stream, summed over steps, block by block.
 
     Args:
-        run: the run whose calls are repeated.
+        run: a run of inputs of the same lengths, whose calls are repeated.
         x: the stream before the first block at each step (one step: the clean input; several: a path).
         positions: where logits are read.
         objective: from logits ``[step * batch, answer, vocab]`` to one number.
 
-    Yields:
-        columns of the edge matrix, and the gradients of those readers.
+    Returns:
+        what the writers wrote at the last step; and, from the last block to the first, columns of the edge matrix with
+        the gradients of those readers.
+
+    Raises:
+        MetricError: if the objective does not depend on the logits.
     """
     steps, batch = x.shape[:2]
     rows = torch.arange(batch, device=x.device).repeat(steps)
     seen: dict[Port, Tensor] = {}
+    written: dict[int, Tensor] = {0: x.flatten(0, 1)}
     sites = [site for site in model.wiring.read_sites if site.block < len(model.wiring.blocks)]
     start = x.flatten(0, 1).detach().requires_grad_(True)
     with quiet(model.module), torch.enable_grad():
         hooks: list[Hook] = [(port, keeper(seen, port)) for port in {site.stream for site in sites}]
         hooks += [(site.port, _own_copy(seen, site.port)) for site in sites]
+        hooks += [(s.port, keeper(written, i)) for i, s in enumerate(model.wiring.write_sites) if s.block >= 0]
         last = model.replay(run, 0, start, rows, hooks)
         value = objective(model.logits(last, positions.repeat(steps, 1)))
+        if not value.requires_grad:
+            raise MetricError("the metric does not depend on the logits, so it has no gradient")
         wanted = [*(seen[site.port] for site in sites), last]
         gradients = torch.autograd.grad(value, wanted, allow_unused=True)
     final = model.wiring.read_sites[-1]
     found = {site: (seen[site.port], seen[site.stream]) for site in sites} | {final: (last, last)}
     slopes = dict(zip(found, gradients, strict=True))
-    for group in _same_stream(list(found)):
+    writes = tuple(
+        written[i].detach()[-batch:].reshape(batch, x.shape[2], site.n, -1)
+        for i, site in enumerate(model.wiring.write_sites)
+    )
+    return writes, _pulled(found, slopes, (steps, batch, x.shape[2]))
+
+
+def _pulled(
+    found: dict[ReadSite, tuple[Tensor, Tensor]], slopes: dict[ReadSite, Tensor | None], shape: tuple[int, int, int]
+) -> Iterator[tuple[slice, Float[Tensor, "node batch pos d"]]]:
+    for group in _same_stream(list(found)[::-1]):
         parts = []
         for site in group:
-            y, stream = (t.detach().reshape(steps, batch, x.shape[2], -1) for t in found[site])
-            slope = torch.zeros_like(y) if slopes[site] is None else slopes[site].reshape(y.shape)
+            y, stream = (t.detach().reshape(*shape, -1) for t in found[site])
+            gradient = slopes[site]
+            slope = torch.zeros_like(y) if gradient is None else gradient.reshape(y.shape)
             slope, y = (t.unflatten(-1, (site.n, -1)) for t in (slope, y))
-            norm = None if site is final else site.norm
-            parts.append(pull_back(slope, y, stream, site.weight, site.bias, norm))
+            parts.append(pull_back(slope, y, stream, site.weight, site.bias, site.norm))
         yield slice(group[0].first, group[-1].columns.stop), torch.cat(parts)
 
 
 def _same_stream(sites: list[ReadSite]) -> Iterator[list[ReadSite]]:
-    """Consecutive sites that read the same stream, so that their readers share one product."""
+    """Consecutive sites that read the same stream, so that their readers share one product; in order of columns."""
     for _, group in groupby(sites, key=lambda site: (site.block, id(site.stream.module))):
-        yield list(group)
+        yield sorted(group, key=lambda site: site.first)
 
 
 def _own_copy(seen: dict[Port, Tensor], port: Port) -> Callable[[Tensor], Tensor]:
@@ -153,7 +172,7 @@ def patch_edges(
     site: ReadSite,
     edges: Sequence[tuple[int, int]],
     positions: Int[Tensor, "batch answer"],
-) -> Float[Tensor, "edge batch answer vocab"]:
+) -> tuple[Float[Tensor, "edge batch answer vocab"], Bool[Tensor, "edge batch"]]:
     """Logits with one edge corrupt at a time, for edges into readers of one site, on the batch axis.
 
     Args:
@@ -161,6 +180,10 @@ def patch_edges(
         delta: clean minus corrupt writes of every writer.
         site: the site of the readers.
         edges: (row, column) pairs sorted by column.
+
+    Returns:
+        the logits, and where the edit changed what the reader made of its input at all; where it did not, the run is
+        the clean one, although rounding may differ between batches of different size.
     """
     batch, n = run.batch, len(edges)
     src = torch.tensor([u for u, _ in edges], device=delta.device)
@@ -168,7 +191,9 @@ def patch_edges(
     x = run.inputs[site.block].repeat(n, 1, 1)
     if site.block == len(model.wiring.blocks):
         last = at_least_float32(x) - delta[src].flatten(0, 1)
-        return model.logits(last.to(x.dtype), positions.repeat(n, 1)).unflatten(0, (n, batch))
+        logits = model.logits(last.to(x.dtype), positions.repeat(n, 1)).unflatten(0, (n, batch))
+        return logits, (delta[src] != 0).flatten(2).any(-1)
+    changed = torch.zeros(n, batch, dtype=torch.bool, device=x.device)
     streams: dict[Port, Tensor] = {}
     columns = torch.tensor([v - site.first for _, v in edges])
 
@@ -177,14 +202,16 @@ def patch_edges(
         stream = at_least_float32(streams[site.stream]).unflatten(0, (n, batch))
         for node in columns.unique().tolist():
             first, stop = _span(columns, node)
-            private = stream[first:stop] - delta[src[first:stop]]
-            value = site.read(private[None], slice(node, node + 1))[0]
-            out[first * batch : stop * batch, :, node] = value.flatten(0, 1).to(out.dtype)
+            private, mine = stream[first:stop], slice(node, node + 1)
+            old = site.read(private[None], mine)[0]
+            new = site.read((private - delta[src[first:stop]])[None], mine)[0]
+            changed[first:stop] = (new != old).flatten(2).any(-1)
+            out[first * batch : stop * batch, :, node] += (new - old).flatten(0, 1).to(out.dtype)
         return out.reshape(y.shape)
 
     hooks: list[Hook] = [(site.stream, keeper(streams, site.stream)), (site.port, edit)]
     last = model.replay(run, site.block, x, rows, hooks)
-    return model.logits(last, positions.repeat(n, 1)).unflatten(0, (n, batch))
+    return model.logits(last, positions.repeat(n, 1)).unflatten(0, (n, batch)), changed
 
 
 def _span(sorted_values: Tensor, value: int) -> tuple[int, int]:

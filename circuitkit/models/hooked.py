@@ -8,7 +8,7 @@ logits are computed at the answer positions only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -143,6 +143,21 @@ class Model:
         )
         return Run(len(tokens), tuple(calls), tuple(inputs), tuple(shaped))
 
+    def start(self, tokens: Tokens) -> Stream:
+        """The stream before the first block, without running any block."""
+        entered: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered.append(split_call(args, kwargs)[0].detach())
+            raise _Stop
+
+        with ExitStack() as stack, torch.no_grad(), suppress(_Stop):
+            stack.enter_context(quiet(self.module))
+            handle = self.wiring.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+            stack.callback(handle.remove)
+            self._forward(self.module, tokens.to(self.device))
+        return entered[0]
+
     def replay(self, run: Run, start: int, x: Stream, rows: Int[Tensor, " row"], hooks: Sequence[Hook] = ()) -> Stream:
         """Pass a stream through the blocks from ``start`` on, with hooks, and return it.
 
@@ -166,6 +181,10 @@ class Model:
         with quiet(self.module):
             picked = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
             return at_least_float32(self.wiring.tail(picked))
+
+
+class _Stop(Exception):
+    """Raised by our own hook to end a forward pass early."""
 
 
 def keeper(store: dict[T, Tensor], key: T) -> Callable[[Tensor], None]:

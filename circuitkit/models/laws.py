@@ -108,7 +108,8 @@ def _check_gradients(model: Model, run: Run, positions: Tensor) -> None:
         direction = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(0))
         return (logits * direction.to(logits)).sum()
 
-    pulled = dict(_per_site(model, reader_gradients(model, run, run.inputs[0][None], positions, objective)))
+    _, groups = reader_gradients(model, run, run.inputs[0][None], positions, objective)
+    pulled = dict(_per_site(model, groups))
     for site in model.wiring.read_sites:
         want = split_reader_gradient(model, run, site, positions, objective)
         _compare("gradients", _place(model, site), pulled[site], want)

@@ -18,9 +18,7 @@ ModelName = Annotated[
 ]
 TaskName = Annotated[str, typer.Argument(help="A name from [bold]circuitkit list tasks[/].")]
 Method = Annotated[str, typer.Option(help="A name from [bold]circuitkit list methods[/].")]
-Metric = Annotated[
-    str | None, typer.Option(help="A metric other than the task's own: logit-diff, prob-diff, kl, ...")
-]
+Metric = Annotated[str | None, typer.Option(help="A metric other than the task's own: logit-diff, prob-diff, kl, ...")]
 Pairs = Annotated[int, typer.Option("--n", min=1, help="How many pairs the task draws.")]
 Edges = Annotated[int, typer.Option(min=1, help="How many edges the circuit may have.")]
 Selection = Annotated[

@@ -1,4 +1,4 @@
-"""Scores, circuits and results on disk: written in one step, checked when read, equal bit for bit after a round trip."""
+"""Scores, circuits and results on disk: written in one step, checked when read, equal bit for bit when back."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def load_scores(path: str | Path) -> Scores:
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is truncated or not a safetensors file ({error}); score again") from error
     check_schema(metadata.get("schema"), "scores", str(path))

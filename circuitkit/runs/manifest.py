@@ -83,6 +83,4 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise FormatError(
-            f"{path} is not the result.json of a run ({where}: {problem['msg'].lower()})"
-        ) from error
+        raise FormatError(f"{path} is not the result.json of a run ({where}: {problem['msg'].lower()})") from error

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from circuitkit.circuit import Circuit, Scores
 from circuitkit.errors import OptionError
 from circuitkit.evaluation.faithfulness import evaluate
-from circuitkit.methods.base import METHODS, Plan, checked_options, score
+from circuitkit.methods.base import METHODS, Plan, checked_options, edge_methods, score
 from circuitkit.models.base import load
 from circuitkit.models.hooked import Model
 from circuitkit.runs.provenance import data_sha256, model_sha256, versions
@@ -55,6 +55,11 @@ def find(
         raise OptionError(f"got selection {selection!r}, expected 'top' or 'grow'")
     # What can be refused is refused before a model is loaded.
     checked_options(method, METHODS[method], options)
+    if method not in edge_methods():
+        raise OptionError(
+            f"{method} scores components, not edges, so it gives no circuit; use circuitkit.score, or one of "
+            + ", ".join(edge_methods())
+        )
     Plan.of(batch_size, budget, progress, seed)
     model = load(model) if isinstance(model, str) else model
     task = make(task, model, seed=seed) if isinstance(task, str) else task
@@ -66,9 +71,7 @@ def find(
     began = time.perf_counter()
     scores = score(model, task, method=method, **common, **options)
     scored = time.perf_counter()
-    circuit = (
-        scores.grow(edges, absolute=absolute) if selection == "grow" else scores.top(edges, absolute=absolute)
-    )
+    circuit = scores.grow(edges, absolute=absolute) if selection == "grow" else scores.top(edges, absolute=absolute)
     result = evaluate(model, task, circuit, **common)
     ended = time.perf_counter()
     meta = {

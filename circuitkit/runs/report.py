@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from circuitkit.result import NodeScores, Result
+
 if TYPE_CHECKING:
-    from circuitkit.circuit import Circuit, Result, Scores
+    from circuitkit.circuit import Circuit, Scores
 
 UNDEFINED = "undefined: the clean and corrupt metrics are equal, so there is no behaviour to explain"
 
@@ -41,6 +43,7 @@ def result_table(result: Result, title: str) -> Table:
     _add(table, "faithfulness", _with_interval(result.faithfulness, result.faithfulness_interval))
     if result.random_faithfulness is not None:
         _add(table, "random circuits", _with_interval(result.random_faithfulness, result.random_interval))
+    _add(table, "verdict", result.verdict)
     measured = f"clean {result.clean:.3f}, corrupt {result.corrupt:.3f}, circuit {result.circuit:.3f}"
     _add(table, result.metric, measured)
     _add(table, "pairs", f"{result.n_examples:,}; removed edges carry their {result.corrupt_value} value")
@@ -55,8 +58,10 @@ def result_table(result: Result, title: str) -> Table:
     return table
 
 
-def score_table(scores: Scores, most: int = 10) -> Table:
-    """The strongest edges of a ranking, connected or not."""
+def score_table(scores: Scores | NodeScores, most: int = 10) -> Table:
+    """The strongest edges of a ranking, connected or not; of scores of components, all."""
+    if isinstance(scores, NodeScores):
+        return _node_table(scores)
     table = Table(
         title=Text(f"strongest edges by {scores.method}"),
         title_justify="left",
@@ -68,6 +73,15 @@ def score_table(scores: Scores, most: int = 10) -> Table:
     for row in scores.to_pandas().head(most).itertuples():
         error = "" if row.stderr != row.stderr else f"{row.stderr:.3g}"
         table.add_row(Text(f"{row.source}->{row.destination}"), f"{row.score:+.4g}", error)
+    return table
+
+
+def _node_table(scores: NodeScores) -> Table:
+    table = Table(title=Text(f"{scores.method}: effect on the metric"), title_justify="left", box=None)
+    for heading in ("", *scores.columns):
+        table.add_column(Text(str(heading)), justify="right")
+    for label, row in zip(scores.rows, scores.values.tolist(), strict=True):
+        table.add_row(Text(label), *(f"{value:+.3g}" for value in row))
     return table
 
 

@@ -17,6 +17,7 @@ from circuitkit.methods.base import METHODS, Plan, score
 from circuitkit.models.base import load
 from circuitkit.models.hooked import Model
 from circuitkit.models.zoo import zoo_name, zoo_names
+from circuitkit.result import NodeScores
 from circuitkit.runs.manifest import manifest_of
 from circuitkit.runs.options import options_of, read_options
 from circuitkit.runs.pipeline import find
@@ -49,9 +50,7 @@ class Request:
     metric: str | None = None
 
     @classmethod
-    def read(
-        cls, typed: Sequence[str], *, task: str, method: str, metric: str | None, **asked: Any
-    ) -> Request:
+    def read(cls, typed: Sequence[str], *, task: str, method: str, metric: str | None, **asked: Any) -> Request:
         """A request with the options typed for the method or the task; what both have is the method's.
 
         Raises:
@@ -79,7 +78,7 @@ class Request:
         task = make(self.task, model, n=self.n, seed=self.seed, **self.task_options)
         return model, task.with_metric(self.metric) if self.metric else task
 
-    def score(self, **settings: Any) -> Scores:
+    def score(self, **settings: Any) -> Scores | NodeScores:
         """`circuitkit.score` for this request."""
         model, task = self.prepare()
         return score(model, task, method=self.method, seed=self.seed, **settings, **self.options)
@@ -119,11 +118,7 @@ def evaluate_again(
     if "model" not in circuit.meta and (model is None or task is None):
         raise OptionError(f"{path} does not say which model and task it is for; give --model and --task")
     made = manifest_of(circuit) if "model" in circuit.meta else None
-    known = (
-        {}
-        if made is None
-        else made.model_dump(include={"model", "task", "n", "seed", "metric", "task_options"})
-    )
+    known = {} if made is None else made.model_dump(include={"model", "task", "n", "seed", "metric", "task_options"})
     if task not in (None, known.get("task")):
         known = {name: known[name] for name in ("model", "n", "seed") if name in known}
     asked = {"model": model, "task": task, "n": n, "seed": seed, "metric": metric}

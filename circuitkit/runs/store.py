@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from circuitkit.atomic import write_atomic
 from circuitkit.circuit import Circuit, Scores
 from circuitkit.errors import FormatError, OptionError
+from circuitkit.result import NodeScores
 from circuitkit.runs.files import save_result
 from circuitkit.runs.manifest import Manifest, manifest_of, read_manifest
 from circuitkit.schema import result_to_dict
@@ -44,9 +46,9 @@ class RunFolder:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What the circuit was measured to do, as plain data."""
+        """What the circuit was measured to do, as plain data, with the verdict in words."""
         assert self.circuit.result is not None
-        return result_to_dict(self.circuit.result)
+        return {**result_to_dict(self.circuit.result), "verdict": self.circuit.result.verdict}
 
     @property
     def page(self) -> Path:
@@ -78,9 +80,7 @@ def check_target(path: str | Path) -> Path:
         if target.is_dir() and not os.access(target, os.W_OK):
             raise PermissionError(13, "permission denied")
     except OSError as error:
-        raise OptionError(
-            f"cannot write to {path}: {error.strerror}; give a folder that can be written"
-        ) from error
+        raise OptionError(f"cannot write to {path}: {error.strerror}; give a folder that can be written") from error
     return target
 
 
@@ -125,9 +125,7 @@ def load_run(path: str | Path) -> RunFolder:
     manifest = read_manifest(folder / RESULT)
     for name in (CIRCUIT, SCORES):
         if manifest.files.get(name) != _sha256(folder / name):
-            raise FormatError(
-                f"{folder / name} is not the file that this run wrote (its sha256 differs); run it again"
-            )
+            raise FormatError(f"{folder / name} is not the file that this run wrote (its sha256 differs); run it again")
     circuit = replace(Circuit.load(folder / CIRCUIT), scores=Scores.load(folder / SCORES))
     return RunFolder(folder, circuit, manifest)
 
@@ -144,6 +142,14 @@ def page_of(path: str | Path) -> Path:
     if not page.is_file():
         raise FormatError(f"no {PAGE} in {folder}; give a folder that circuitkit find --out wrote")
     return page
+
+
+def write_scores(path: str | Path, scores: Scores | NodeScores) -> None:
+    """Write scores of edges as safetensors; scores of components, which are a small table, as CSV."""
+    if isinstance(scores, NodeScores):
+        write_atomic(path, scores.to_pandas().to_csv())
+    else:
+        scores.save(path)
 
 
 def check_file(path: str | Path) -> None:

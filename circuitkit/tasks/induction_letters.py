@@ -1,13 +1,14 @@
 """The own task of the trained two-layer attention-only model: eight letters, the last of them seen before.
 
 Known circuit: a0.h0 looks one position back and writes, at B, that A came before; a1.h0 asks from the last A for that
-mark, finds B and copies it. By default a pair differs at one position only, from which a1.h0 takes neither its query nor
-the letter it copies. So three edges in a row carry all of the difference, and are the ``contrast``: ``input->a0.h0<v>``
-(which letter came before), ``a0.h0->a1.h0<k>`` (the mark, as a key) and ``a1.h0->logits`` (the copy). The edges that bring
-the question and the letter, ``input->a1.h0<q>`` and ``input->a1.h0<v>``, carry the same in both inputs: they score 0 here
-and count only where an edge is replaced by a mean or by zero. With them the circuit is the ``mechanism`` (measured: with
-every other edge at its mean per position, accuracy 0.98; the three alone, 0.03). a0.h0 finds the previous position by
-position alone, so its query and key are needed under zero ablation only (accuracy 0.81 with them, 0.02 without).
+mark, finds B and copies it. By default a pair differs at one position only, from which a1.h0 takes neither its query
+nor the letter it copies. So three edges in a row carry all of the difference, and are the ``contrast``:
+``input->a0.h0<v>`` (which letter came before), ``a0.h0->a1.h0<k>`` (the mark, as a key) and ``a1.h0->logits`` (the
+copy). The edges that bring the question and the letter, ``input->a1.h0<q>`` and ``input->a1.h0<v>``, carry the same
+in both inputs: they score 0 here and count only where an edge is replaced by a mean or by zero. With them the circuit
+is the ``mechanism`` (measured: with every other edge at its mean per position, accuracy 0.98; the three alone, 0.03).
+a0.h0 finds the previous position by position alone, so its query and key are needed under zero ablation only
+(accuracy 0.81 with them, 0.02 without).
 
 Wrong answer: with ``broken``, A itself, what a head says that finds the letter and forgets the step to its successor.
 With ``moved``, A changes places with another letter D followed by C, and the wrong answer is C. The three edges are

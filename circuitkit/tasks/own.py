@@ -1,7 +1,7 @@
 """A behaviour stated by the user: token ids, pairs of texts, or a CSV file. Rows are counted from 0.
 
 Padding stands on the right, whatever side the tokenizer pads on: a causal model's real positions cannot see
-it. For a model that is not causal (``model.causal`` is False) the rows are grouped by length, so that no
+it. For a model that is not causal the rows are grouped by length, so that no
 batch has padding.
 """
 
@@ -68,7 +68,7 @@ def from_tokens(
     checked.check_needs(measure, batch)
     checked.check_overlap(batch)
     ragged = len(batch.lengths.unique()) > 1
-    parts = _by_length(batch) if ragged and not getattr(vocab, "causal", True) else (batch,)
+    parts = (batch,) if checked.is_causal(vocab) or not ragged else _by_length(batch)
     return Task(name, parts, measure, tuple(known) if known is not None else None)
 
 

@@ -70,12 +70,16 @@ def inputs(tokens: Tokens, lengths: Int[Tensor, " batch"], vocab: Vocabulary | N
     return ids[:, : int(lengths.max())]
 
 
+def is_causal(vocab: Vocabulary | None) -> bool:
+    """Whether a position sees only earlier ones, as far as the model or its card say; True if neither does."""
+    return bool(getattr(vocab, "causal", True)) and _config(vocab).get("attention_dir") != "bidirectional"
+
+
 def output_size(vocab: Vocabulary | None) -> int | None:
     """Number of output classes, where it is known; compiled programs have fewer or more than input ids."""
     if vocab is None:
         return None
-    card = (getattr(vocab, "card", None) or {}).get("hooked_transformer_config", {})
-    return int(getattr(vocab, "d_vocab_out", card.get("d_vocab_out", vocab.d_vocab)))
+    return int(getattr(vocab, "d_vocab_out", _config(vocab).get("d_vocab_out", vocab.d_vocab)))
 
 
 def answers(values: Any, positions: Tensor, size: int | None, what: str) -> Int[Tensor, "batch answer k"]:
@@ -132,6 +136,11 @@ def check_overlap(batch: Batch) -> None:
     if bad:
         row, answer, slot, _ = bad[0]
         raise TaskError(f"row {row}: token id {int(batch.right[row, answer, slot])} is given as right and as wrong")
+
+
+def _config(vocab: Vocabulary | None) -> dict[str, Any]:
+    card: dict[str, Any] = getattr(vocab, "card", None) or {}
+    return card.get("hooked_transformer_config", {})
 
 
 def _whole(values: Any, what: str) -> Tensor:

@@ -40,8 +40,8 @@
     entry.append(sample, text);
     at("legend").append(entry);
   };
-  if (edges.score.some((score) => score >= 0)) legend("supports", colours.positive, true);
-  if (edges.score.some((score) => score < 0)) legend("opposes", colours.negative, true);
+  if (edges.score.some((score) => score >= 0)) legend(data.effects[0], colours.positive, true);
+  if (edges.score.some((score) => score < 0)) legend(data.effects[1], colours.negative, true);
   for (const kind of new Set(boxes.map((box) => box.kind))) legend(kinds[kind] ?? kind, colours[kind] ?? colours.error);
 
   if (!total) {
@@ -247,7 +247,8 @@
   };
   at("fit").addEventListener("click", fit);
   cy.on("dragpan scrollzoom pinchzoom", () => { moved = true; });
-  new ResizeObserver(() => { if (moved) cy.resize(); else fit(); }).observe(at("graph"));
+  // Drawn at once: resizing empties the canvas, and waiting for the next frame would flicker.
+  new ResizeObserver(() => { if (moved) cy.resize(); else fit(); cy.forceRender(); }).observe(at("graph"));
   at("picture").addEventListener("click", () => {
     const link = make("a");
     link.href = URL.createObjectURL(cy.png({ output: "blob", bg: "#ffffff", full: true, scale: 2, maxWidth: 6000 }));

@@ -12,7 +12,7 @@ from typing import Any
 
 from circuitkit.atomic import write_atomic
 from circuitkit.circuit import Circuit
-from circuitkit.drawing import KIND_NAMES, PALETTE, Drawing, draw, visible
+from circuitkit.drawing import KIND_NAMES, PALETTE, Drawing, draw, effect_names, visible
 from circuitkit.schema import jsonable
 
 FIRST_EDGES = 2000
@@ -87,6 +87,7 @@ def page_data(circuit: Circuit) -> dict[str, Any]:
             "bend": [[round(part, 3) for part in curve.bend] for curve in drawing.curves],
         },
         "colours": PALETTE,
+        "effects": effect_names(circuit),
         "kinds": KIND_NAMES,
         "first": FIRST_EDGES,
     }

@@ -1,0 +1,214 @@
+"""How long edge scores take against the hardware's floor, on a random model of GPT-2 small's shape.
+
+    python benchmarks/edge_scores.py [--shape gpt2-small|llama-1b] [--device cpu|cuda] [--out FILE.json]
+
+Floor F: one forward pass without unembedding, plus one forward and backward pass to activations only, of the bare Hugging
+Face module on the same tokens. Each figure is the best of several runs in one process; peak memory is what the process
+takes on top of the loaded model.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+import circuitkit as ck
+from circuitkit.methods.base import Plan, run_bytes
+from circuitkit.models.edits import patch_edges
+from circuitkit.models.hooked import hooked, quiet
+
+SHAPES = {
+    "gpt2-small": lambda: transformers.GPT2Config(),
+    "llama-1b": lambda: transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=2048,
+    ),  # fmt: skip
+    "tiny": lambda: transformers.GPT2Config(n_embd=64, n_layer=4, n_head=4, vocab_size=500),
+}
+
+
+def random_pairs(model, n, length, vocab):
+    generator = torch.Generator().manual_seed(0)
+    clean, corrupt = torch.randint(vocab, (2, n, length), generator=generator)
+    right, wrong = torch.randint(vocab // 2, (2, n), generator=generator)
+    return ck.Task.from_tokens(clean, corrupt, right, wrong + vocab // 2, vocab=model)
+
+
+def best(function, repeats, device):
+    times = []
+    for _ in range(repeats):
+        gc.collect()
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def floor(module, tokens, metric):
+    """Seconds of: forward without unembedding; forward and backward from the metric to the embeddings."""
+    body, head = module.base_model, module.get_output_embeddings()
+
+    def forward():
+        with torch.no_grad():
+            body(tokens, use_cache=False)
+
+    def both():
+        x = body.get_input_embeddings()(tokens).detach().requires_grad_()
+        last = body(inputs_embeds=x, use_cache=False).last_hidden_state[:, -1]
+        torch.autograd.grad(metric(head(last)), x)
+
+    return forward, both
+
+
+def peak_extra(function, device):
+    """Bytes that a call takes at its peak on top of what is allocated before it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    before = resident()
+    reset_peak()
+    function()
+    return peak_resident() - before
+
+
+def resident():
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in l).split()[1]) * 1024
+
+
+def reset_peak():
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_resident():
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l).split()[1]) * 1024
+
+
+def literal_edges_per_second(model, task, count):
+    """One edge at a time: a whole hooked forward pass per edge, as the field's tools do it (corrupt run shared)."""
+    batch = task.batches[0].to(model.device)
+    run = model.record(batch.clean)
+    delta = model.wiring.expand_difference(run.writes, model.record(batch.corrupt).writes)
+    edges = spread(model, count)
+    start = time.perf_counter()
+    with torch.no_grad(), quiet(model.module):
+        for site, edge in edges:
+            seen = {}
+            u, v = edge
+            head = v - site.first
+
+            def edit(y, site=site, u=u, head=head, seen=seen):
+                out = y.clone().reshape(*y.shape[:2], site.n, -1)
+                private = seen["x"] - delta[u]
+                out[:, :, head] = site.read(private[None], slice(head, head + 1))[0]
+                return out.reshape(y.shape)
+
+            def keep(x, seen=seen):
+                seen["x"] = x
+
+            hooks = [(site.stream, keep)]
+            hooks.append((site.port, edit if site.block < len(model.wiring.blocks) else lambda x, u=u: x - delta[u]))
+            with hooked(hooks):
+                logits = model.module(batch.clean, use_cache=False)
+            task.metric(logits[torch.arange(len(batch))[:, None], batch.positions], batch)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return len(edges) / (time.perf_counter() - start)
+
+
+def batched_edges_per_second(model, task, count):
+    """The same edges through `patch_edges`."""
+    batch = task.batches[0].to(model.device)
+    by_site = {}
+    for site, edge in spread(model, count):
+        by_site.setdefault(site, []).append(edge)
+    start = time.perf_counter()
+    run = model.record(batch.clean)
+    delta = model.wiring.expand_difference(run.writes, model.record(batch.corrupt).writes)
+    rows = max(1, Plan().rows(10 * run_bytes(model, batch), model.device) // len(batch))
+    with torch.no_grad(), quiet(model.module):
+        for site, edges in by_site.items():
+            edges.sort(key=lambda e: e[1])
+            for i in range(0, len(edges), rows):
+                logits, _ = patch_edges(model, run, delta, site, edges[i : i + rows], batch.positions)
+                many = batch.rows(torch.arange(len(batch), device=model.device).repeat(len(logits)))
+                task.metric(logits.flatten(0, 1), many)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return count / (time.perf_counter() - start)
+
+
+def spread(model, count):
+    """Evenly spaced edges of the whole graph, with their sites."""
+    edges = model.graph.mask.T.nonzero()
+    picked = edges[torch.linspace(0, len(edges) - 1, count).long()].tolist()
+    site_of = {column: site for site in model.wiring.read_sites for column in range(site.first, site.first + site.n)}
+    return [(site_of[v], (u, v)) for v, u in picked]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="gpt2-small", choices=sorted(SHAPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--length", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--edges", type=int, default=300)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config = SHAPES[args.shape]()
+    module = transformers.AutoModelForCausalLM.from_config(config).eval().to(args.device)
+    module.requires_grad_(False)
+    model = ck.load(module)
+    task = random_pairs(model, args.pairs, args.length, config.vocab_size)
+    batch = task.batches[0].to(args.device)
+    forward, both = floor(module, batch.clean, lambda logits: task.metric(logits[:, None], batch).sum())
+    record = {
+        "shape": args.shape, "device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "machine": platform.machine(), "pairs": args.pairs, "length": args.length, "edges": model.graph.n_edges,
+        "parameters": sum(p.numel() for p in module.parameters()),
+    }  # fmt: skip
+    if args.device == "cuda":
+        record["gpu"] = torch.cuda.get_device_name()
+    forward(), both()
+    f, fb = best(forward, args.repeats, args.device), best(both, args.repeats, args.device)
+    record |= {"forward_s": f, "forward_backward_s": fb, "floor_s": f + fb}
+
+    def run(name, task=task, **options):
+        return lambda: ck.score(model, task, name, progress=False, **options)
+
+    for name, options, unit in (("eap", {}, f + fb), ("eap-ig", {"steps": 5}, f + 5 * fb)):
+        call = run(name, **options)
+        call()
+        seconds = best(call, args.repeats, args.device)
+        record[name] = {
+            "seconds": seconds, "floor_s": unit, "ratio": seconds / unit, "peak_extra_bytes": peak_extra(call, args.device)
+        }  # fmt: skip
+    for factor in (2, 4):
+        larger = random_pairs(model, factor * args.pairs, args.length, config.vocab_size)
+        seconds = best(run("eap", larger), max(1, args.repeats // 2), args.device)
+        record["eap"][f"seconds_per_pair_x{factor}"] = seconds / (factor * args.pairs)
+    record["eap"]["seconds_per_pair_x1"] = record["eap"]["seconds"] / args.pairs
+    if args.edges:
+        few = max(4, args.edges // 10)
+        slow, fast = literal_edges_per_second(model, task, few), batched_edges_per_second(model, task, args.edges)
+        record["exact"] = {"literal_edges_per_s": slow, "edges_per_s": fast, "speedup": fast / slow}
+    text = json.dumps(record, indent=2)
+    if args.out:
+        Path(args.out).write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Laws that everything registered obeys."""
