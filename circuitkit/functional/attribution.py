@@ -34,8 +34,9 @@ def pull_back(
     weight: Float[Tensor, "node d width"] | None,
     bias: Float[Tensor, "node width"] | None,
     norm: Norm | None,
-) -> Float[Tensor, "node batch pos d"]:
-    """Gradients at the readers' private copies of the stream, summed over steps.
+    out: Float[Tensor, "node batch pos d"],
+) -> None:
+    """Write the gradients at the readers' private copies of the stream, summed over steps, into ``out``.
 
     Args:
         gradient: dM/dy at each step (weights of the steps already in it).
@@ -44,28 +45,35 @@ def pull_back(
         weight: each reader's projection, or None if it reads the normed stream whole.
         bias: each reader's offset, or None.
         norm: the norm between stream and projection, or None.
+        out: where the result goes: a slice of what all readers of the stream share, so that nothing is joined later.
 
     Only the rank-one norm term is formed per step; the projection is applied once, to the sum.
     """
     gradient, output = at_least_float32(gradient), at_least_float32(output)
     if weight is None:
         g = gradient.squeeze(-2)
-        pulled = g if norm is None else norm.pull_back(g, stream)
-        return pulled.sum(0)[None]
+        torch.sum(g if norm is None else norm.pull_back(g, stream), 0, keepdim=True, out=out)
+        return
     weight = weight.to(gradient.dtype)
     if norm is None:
-        return _project(gradient.sum(0), weight)
+        _project(gradient.sum(0), weight, out)
+        return
     x_hat, inverse_sigma = norm.statistics(stream)
     scaled = gradient * inverse_sigma[..., None]
     offset = _offset(weight, bias, norm)
     along = (scaled * (output - offset)).sum(-1) / stream.shape[-1]
     folded = norm.fold(weight.transpose(1, 2)).transpose(1, 2)
-    return _project(scaled.sum(0), folded) - torch.einsum("sbpn,sbpd->nbpd", along, x_hat)
+    _project(scaled.sum(0), folded, out)
+    for step in range(len(along)):
+        out.addcmul_(along[step].movedim(-1, 0)[..., None], x_hat[step], value=-1)
 
 
-def _project(gradient: Float[Tensor, "batch pos node width"], weight: Float[Tensor, "node d width"]) -> Tensor:
-    nodes = gradient.flatten(0, 1).transpose(0, 1) @ weight.transpose(1, 2)
-    return nodes.unflatten(1, gradient.shape[:2])
+def _project(
+    gradient: Float[Tensor, "batch pos node width"],
+    weight: Float[Tensor, "node d width"],
+    out: Float[Tensor, "node batch pos d"],
+) -> None:
+    torch.bmm(gradient.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2), out=out.flatten(1, 2))
 
 
 def _offset(weight: Tensor, bias: Tensor | None, norm: Norm) -> Float[Tensor, "node width"]:

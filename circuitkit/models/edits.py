@@ -5,7 +5,7 @@ All start from a recorded run and replay only the blocks that an edit can reach.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -40,7 +40,7 @@ def reader_gradients(
 
     Returns:
         what the writers wrote at the last step; and, from the last block to the first, columns of the edge matrix with
-        the gradients of those readers.
+        the gradients of those readers (in one buffer: used before the next is asked for).
 
     Raises:
         MetricError: if the objective does not depend on the logits.
@@ -72,17 +72,23 @@ def reader_gradients(
 
 
 def _pulled(
-    found: dict[ReadSite, tuple[Tensor, Tensor]], slopes: dict[ReadSite, Tensor | None], shape: tuple[int, int, int]
+    found: dict[ReadSite, tuple[Tensor, Tensor]], slopes: Mapping[ReadSite, Tensor | None], shape: tuple[int, int, int]
 ) -> Iterator[tuple[slice, Float[Tensor, "node batch pos d"]]]:
-    for group in _same_stream(list(found)[::-1]):
-        parts = []
+    groups = list(_same_stream(list(found)[::-1]))
+    most = max(group[-1].columns.stop - group[0].first for group in groups)
+    like = found[groups[0][0]][1]
+    buffer = like.new_empty(most, *shape[1:], like.shape[-1], dtype=at_least_float32(like[:0]).dtype)
+    for group in groups:
+        first = group[0].first
+        pulled = buffer[: group[-1].columns.stop - first]
         for site in group:
             y, stream = (t.detach().reshape(*shape, -1) for t in found[site])
             gradient = slopes[site]
             slope = torch.zeros_like(y) if gradient is None else gradient.reshape(y.shape)
             slope, y = (t.unflatten(-1, (site.n, -1)) for t in (slope, y))
-            parts.append(pull_back(slope, y, stream, site.weight, site.bias, site.norm))
-        yield slice(group[0].first, group[-1].columns.stop), torch.cat(parts)
+            mine = pulled[site.first - first :][: site.n]
+            pull_back(slope, y, stream, site.weight, site.bias, site.norm, mine)
+        yield slice(first, group[-1].columns.stop), pulled
 
 
 def _same_stream(sites: list[ReadSite]) -> Iterator[list[ReadSite]]:
@@ -123,22 +129,22 @@ def run_circuits(
     rows = torch.arange(batch, device=run.inputs[0].device).repeat(n)
     drop = (model.graph.mask.to(keep.device) & ~keep).to(run.inputs[0].device)
     x = run.inputs[0].repeat(n, 1, 1)
-    width = x.shape[1] * x.shape[2]
-    gaps = torch.zeros(n, len(model.graph.sources), batch * width, device=x.device, dtype=at_least_float32(x).dtype)
+    gaps = x.new_zeros(len(model.graph.sources), *x.shape, dtype=at_least_float32(x[:0]).dtype)
     streams: dict[Port, Tensor] = {}
 
     def note(i: int, tensor: Tensor) -> None:
         site = wiring.write_sites[i]
         current = tensor.reshape(n * batch, x.shape[1], site.n, -1)
-        gap = site.difference(corrupt[i].repeat(n, 1, 1, 1), current)
-        gaps[:, site.rows] = gap.reshape(site.n, n, batch * width).transpose(0, 1)
+        other = corrupt[i].repeat(n, 1, 1, 1)
+        site.difference(other, current, out=gaps[site.rows])
 
     def shift(site: ReadSite) -> Stream | None:
         removed = drop[:, : wiring.writes_before(site), site.columns]
         if not removed.any():
             return None
-        moved = removed.transpose(1, 2).to(gaps.dtype) @ gaps[:, : removed.shape[1]]
-        return moved.reshape(n, site.n, batch, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+        carried = gaps[: removed.shape[1]].reshape(removed.shape[1], n, -1).transpose(0, 1)
+        moved = removed.transpose(1, 2).to(gaps.dtype) @ carried
+        return moved.transpose(0, 1).reshape(site.n, *x.shape)
 
     def edit(site: ReadSite, y: Tensor) -> Tensor | None:
         moved = shift(site)

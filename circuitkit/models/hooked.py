@@ -121,14 +121,15 @@ class Model:
             inputs.append(x.detach())
             calls.append(call)
 
-        hooks: list[Hook] = [
-            (self.wiring.final, lambda x: inputs.append(x.detach())),
-            (self.wiring.head, lambda x: x[:, :1]),
-        ]
+        def keep_last(x: Tensor) -> None:
+            inputs.append(x.detach())
+            raise _Stop  # the unembedding of every position is not needed
+
+        hooks: list[Hook] = [(self.wiring.final, keep_last)]
         for i, site in enumerate(self.wiring.write_sites):
             if site.block >= 0:
                 hooks.append((site.port, keeper(writes, i)))
-        with ExitStack() as stack, torch.no_grad():
+        with ExitStack() as stack, torch.no_grad(), suppress(_Stop):
             stack.enter_context(quiet(self.module))
             stack.enter_context(hooked(hooks))
             for block in self.wiring.blocks:

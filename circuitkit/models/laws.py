@@ -120,7 +120,7 @@ def _per_site(model: Model, groups) -> list[tuple[ReadSite, Tensor]]:  # type: i
     for columns, gradient in groups:
         for site in model.wiring.read_sites:
             if columns.start <= site.first < columns.stop:
-                found.append((site, gradient[site.first - columns.start :][: site.n]))
+                found.append((site, gradient[site.first - columns.start :][: site.n].clone()))
     return found
 
 

@@ -84,12 +84,10 @@ def _wire(module: Any, sizes: tuple[int, int, int, int], has_mlp: bool, tail: An
             stream = Port(block.hook_resid_mid)
             reads.append(ReadSite(reads[-1].columns.stop, 1, i, Port(block.mlp, "in"), stream, norm=_norm(block.ln2)))
             writes.append(WriteSite(writes[-1].rows.stop, 1, i, Port(block.mlp)))
-    native = isinstance(module, NativeTransformer)
     final = Port(module.ln_final if hasattr(module, "ln_final") else module.unembed, "in")
-    head = final if native else Port(module.unembed, "in")
     reads.append(ReadSite(reads[-1].columns.stop, 1, n_layers, final, final))
     patterns = tuple(Port(block.attn.hook_pattern) for block in module.blocks)
-    return Wiring(graph, tuple(module.blocks), tuple(writes), tuple(reads), tail, final, head, patterns)
+    return Wiring(graph, tuple(module.blocks), tuple(writes), tuple(reads), tail, final, patterns)
 
 
 def _projection(attn: Any, slot: str, grouped: bool) -> tuple[Tensor, Tensor]:

@@ -139,8 +139,7 @@ def _wire(bridge: Any) -> Wiring:
     reads.append(ReadSite(reads[-1].columns.stop, 1, n_layers, final, final))
     graph = transformer_graph(n_layers, n_heads, n_kv, parallel=parallel[0])
     patterns = tuple(Port(b.attn.hook_pattern) for b in bridge.blocks if hasattr(b.attn, "hook_pattern"))
-    head = Port(bridge.unembed.hook_in)
-    return Wiring(graph, tuple(bridge.blocks), tuple(writes), tuple(reads), _tail(bridge), final, head, patterns)
+    return Wiring(graph, tuple(bridge.blocks), tuple(writes), tuple(reads), _tail(bridge), final, patterns)
 
 
 def _tail(bridge: Any) -> Callable[[Tensor], Tensor]:

@@ -66,12 +66,20 @@ class WriteSite:
         return self.post_norm.part(writes, self.post_norm.statistics(total)[1])
 
     def difference(
-        self, values: Float[Tensor, "batch pos node width"], others: Float[Tensor, "batch pos node width"]
-    ) -> Float[Tensor, "node batch pos d"]:
-        """expand(values) - expand(others), with one product where the map is linear."""
-        if self.post_norm is None:
-            return self.expand(at_least_float32(values) - at_least_float32(others))
-        return self.expand(values) - self.expand(others)
+        self,
+        values: Float[Tensor, "batch pos node width"],
+        others: Float[Tensor, "batch pos node width"],
+        out: Float[Tensor, "node batch pos d"],
+    ) -> None:
+        """Write expand(values) - expand(others) into ``out``, with one product where the map is linear."""
+        values, others = at_least_float32(values), at_least_float32(others)
+        if self.post_norm is not None:
+            torch.sub(self.expand(values), self.expand(others), out=out)
+        elif self.weight is None:
+            torch.sub(values.movedim(2, 0), others.movedim(2, 0), out=out)
+        else:
+            nodes = (values - others).flatten(0, 1).transpose(0, 1)
+            torch.bmm(nodes, self.weight.to(values.dtype), out=out.flatten(1, 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +137,6 @@ class Wiring:
         read_sites: in order of columns.
         tail: from the stream after the last block to logits; takes any leading axes.
         final: where the stream after the last block is found in a full run.
-        head: what goes into the unembedding in a full run; cut to one position where logits are not wanted.
         patterns: where each block's attention pattern ``[batch, head, query, key]`` is found, or ().
     """
 
@@ -139,7 +146,6 @@ class Wiring:
     read_sites: tuple[ReadSite, ...]
     tail: Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch vocab"]]
     final: Port
-    head: Port
     patterns: tuple[Port, ...] = ()
 
     @property
@@ -157,13 +163,10 @@ class Wiring:
         self, values: tuple[Tensor, ...], others: tuple[Tensor, ...]
     ) -> Float[Tensor, "src batch pos d"]:
         """What all writers wrote in one run minus what they wrote in another."""
-        out: Tensor | None = None
+        like = at_least_float32(values[0][:0])
+        out = like.new_empty(len(self.graph.sources), *values[0].shape[:2], values[0].shape[-1])
         for site, a, b in zip(self.write_sites, values, others, strict=True):
-            part = site.difference(a, b)
-            if out is None:
-                out = part.new_empty(len(self.graph.sources), *part.shape[1:])
-            out[site.rows] = part
-        assert out is not None
+            site.difference(a, b, out=out[site.rows])
         return out
 
 
