@@ -2,8 +2,8 @@
 
     python benchmarks/edge_scores.py [--shape gpt2-small|llama-1b] [--device cpu|cuda] [--out FILE.json]
 
-Floor F: one forward pass without unembedding, plus one forward and backward pass to activations only, of the bare Hugging
-Face module on the same tokens. Each figure is the best of several runs in one process; peak memory is what the process
+Floor F: one forward pass without unembedding, plus one forward and backward pass to activations only, of the bare
+Hugging Face module on the same tokens. Each figure is the best of several runs in one process; peak memory is what the process
 takes on top of the loaded model.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import gc
 import json
 import platform
-import resource
+import sys
 import time
 from pathlib import Path
 
@@ -19,16 +19,22 @@ import torch
 import transformers
 
 import circuitkit as ck
-from circuitkit.methods.base import Plan, run_bytes
+from circuitkit.methods.base import Plan, backward_bytes
 from circuitkit.models.edits import patch_edges
 from circuitkit.models.hooked import hooked, quiet
 
 SHAPES = {
     "gpt2-small": lambda: transformers.GPT2Config(),
     "llama-1b": lambda: transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=2048,
-    ),  # fmt: skip
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=2048,
+    ),
     "tiny": lambda: transformers.GPT2Config(n_embd=64, n_layer=4, n_head=4, vocab_size=500),
 }
 
@@ -79,19 +85,16 @@ def peak_extra(function, device):
     before = resident()
     reset_peak()
     function()
-    return peak_resident() - before
+    return resident("VmHWM") - before
 
 
-def resident():
-    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in l).split()[1]) * 1024
+def resident(field="VmRSS"):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 def reset_peak():
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident():
-    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l).split()[1]) * 1024
 
 
 def literal_edges_per_second(model, task, count):
@@ -135,7 +138,7 @@ def batched_edges_per_second(model, task, count):
     start = time.perf_counter()
     run = model.record(batch.clean)
     delta = model.wiring.expand_difference(run.writes, model.record(batch.corrupt).writes)
-    rows = max(1, Plan().rows(10 * run_bytes(model, batch), model.device) // len(batch))
+    rows = max(1, Plan().rows(backward_bytes(model, batch) / 2, model.device) // len(batch))
     with torch.no_grad(), quiet(model.module):
         for site, edges in by_site.items():
             edges.sort(key=lambda e: e[1])
@@ -181,6 +184,13 @@ def main():
     }  # fmt: skip
     if args.device == "cuda":
         record["gpu"] = torch.cuda.get_device_name()
+    # Memory first: afterwards the allocator holds pages that a later peak would not show.
+    peaks = {
+        name: peak_extra(
+            lambda name=name, options=options: ck.score(model, task, name, progress=False, **options), args.device
+        )
+        for name, options in (("eap", {}), ("eap-ig", {"steps": 5}))
+    }
     forward(), both()
     f, fb = best(forward, args.repeats, args.device), best(both, args.repeats, args.device)
     record |= {"forward_s": f, "forward_backward_s": fb, "floor_s": f + fb}
@@ -193,7 +203,7 @@ def main():
         call()
         seconds = best(call, args.repeats, args.device)
         record[name] = {
-            "seconds": seconds, "floor_s": unit, "ratio": seconds / unit, "peak_extra_bytes": peak_extra(call, args.device)
+            "seconds": seconds, "floor_s": unit, "ratio": seconds / unit, "peak_extra_bytes": peaks[name],
         }  # fmt: skip
     for factor in (2, 4):
         larger = random_pairs(model, factor * args.pairs, args.length, config.vocab_size)
@@ -207,7 +217,7 @@ def main():
     text = json.dumps(record, indent=2)
     if args.out:
         Path(args.out).write_text(text + "\n")
-    print(text)
+    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,8 @@ class Circuit:
         """
         import networkx as nx
 
-        out = nx.DiGraph(**{k: v for k, v in self.meta.items() if isinstance(v, str | int | float)})
+        out = nx.DiGraph()
+        out.graph.update({k: v for k, v in self.meta.items() if isinstance(v, str | int | float)})
         for s, d in zip(self.src.tolist(), self.dst.tolist(), strict=True):
             for node in (self.graph.source_nodes[s], self.graph.destination_nodes[d]):
                 attributes = {"label": node.name, "kind": node.kind, "layer": node.layer, "stage": node.stage}

@@ -18,4 +18,6 @@ def resource(*parts: str) -> Path:
         path = root.joinpath(*parts)
         if path.exists():
             return path
-    raise FormatError(f"the data file {'/'.join(parts)} is missing from this installation; reinstall circuitkit-discovery")
+    raise FormatError(
+        f"the data file {'/'.join(parts)} is missing from this installation; reinstall circuitkit-discovery"
+    )

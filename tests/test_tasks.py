@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stub_models import PROGRAMS, StubModel, gpt2, stories, zoo
 
 from circuitkit.errors import OptionError, TaskError
 from circuitkit.tasks.base import TASKS, Batch, Task, make
+from tests.stub_models import PROGRAMS, StubModel, gpt2, stories, zoo
 
 CASES = {
     "gender-pronoun": [stories, gpt2],

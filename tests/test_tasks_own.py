@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stub_models import StubModel, gpt2, stories, zoo
 
 from circuitkit.errors import FormatError, TaskError, UnknownName
 from circuitkit.functional.metrics import METRICS
 from circuitkit.tasks.base import Task
 from circuitkit.tasks.text import answer_ids, encode
+from tests.stub_models import StubModel, gpt2, stories, zoo
 
 CLEAN, CORRUPT = [[1, 2, 3], [4, 5, 6]], [[1, 9, 3], [4, 9, 6]]
 GIRL, BOY = "There was a girl named Lily.", "There was a boy named Tim."

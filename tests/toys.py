@@ -43,7 +43,10 @@ def random_model(shape=None, *, linear=False, dtype=torch.float64, **changes):
     from circuitkit.models.native import NativeTransformer
 
     blank = NativeTransformer(NativeConfig.from_dict(config)).state_dict()
-    weights = {k: torch.randn(v.shape, generator=generator) * (shape["scale"] if v.dim() > 1 else 0.1) for k, v in blank.items()}
+    weights = {
+        k: torch.randn(v.shape, generator=generator) * (shape["scale"] if v.dim() > 1 else 0.1)
+        for k, v in blank.items()
+    }
     for name in weights:
         if name.endswith((".w",)):
             weights[name] = 1 + 0.2 * weights[name]

@@ -2,31 +2,28 @@
 
     f(C) = (M(C) - M(nothing)) / (M(model) - M(nothing)),   M: mean of the metric over examples (a ratio of means)
 
-``M(nothing)`` is the run with every edge removed. The curve uses the sizes and rules of MIB (Mueller et al. 2025,
-arXiv:2504.13151): the first k % of the ranking, dangling edges pruned, areas by trapezoids over k; CPR ranks by signed
-score, CMD by magnitude. Their areas are dominated by large circuits, so an area over log10(k) stands beside them.
+``M(nothing)`` is the run with every edge removed. Random circuits of as many edges, all on paths from the input to the
+logits, are the baseline; the sizes of the curve are in `circuitkit.evaluation.curve`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitkit.circuit import Circuit, CurvePoint, Result, Scores
+from circuitkit.circuit import Circuit, Result
 from circuitkit.errors import GraphError
+from circuitkit.evaluation.curve import areas, curve_circuits, curve_points
 from circuitkit.functional import select
-from circuitkit.functional.stats import auroc, bootstrap_mean, bootstrap_ratio, trapezoid
-from circuitkit.graph import Graph
+from circuitkit.functional.stats import auroc, bootstrap_mean, bootstrap_ratio
 from circuitkit.methods.base import Plan, check_task, clean_and_corrupt, corrupt_writes, matrix_bytes, with_reference
 from circuitkit.models.edits import run_circuits
 from circuitkit.models.hooked import Model, quiet
 from circuitkit.tasks.base import Task
 
-MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 N_RANDOM = 20
 
 
@@ -69,44 +66,34 @@ def evaluate(
     if corrupt_value is None:
         options = circuit.scores.options if circuit.scores else circuit.meta.get("options", {})
         corrupt_value = str(options.get("corrupt_value", "counterfactual"))
-    curve_masks = [] if scores is None else _curve_masks(scores)
-    random_circuits = random_masks(circuit, seed)
-    n_random = len(random_circuits)
-    masks = [
-        torch.zeros_like(model.graph.mask),
-        circuit.mask,
-        *random_circuits,
-        *(mask for _, _, mask in curve_masks),
-    ]
+    sizes = [] if scores is None else curve_circuits(scores)
+    random = random_masks(circuit, seed)
+    masks = [torch.zeros_like(circuit.mask), circuit.mask, *random, *(size.mask for size in sizes)]
     clean, values = circuit_metrics(model, task, torch.stack(masks), plan=plan, corrupt_value=corrupt_value)
-    faithfulness = [_ratio(v, values[0], clean) for v in values]
-    known = None if task.known is None else _against_known(circuit, model.graph, task.known)
-    points = tuple(
-        CurvePoint(fraction, int(mask.sum()), f, absolute)
-        for (fraction, absolute, mask), f in zip(curve_masks, faithfulness[2 + n_random :], strict=True)
-    )
-    random = [f for f in faithfulness[2 : 2 + n_random] if f is not None]
-    interval = None
-    if faithfulness[1] is not None:
-        interval = bootstrap_ratio(values[1] - values[0], clean - values[0], seed=seed)
+    nothing, kept = values[0], values[1]
+    measured, *others = [_ratio(v, nothing, clean) for v in values[1:]]
+    points = curve_points(sizes, others[len(random) :])
+    baseline = [f for f in others[: len(random)] if f is not None]
     return Result(
         task=task.name,
         metric=task.metric.name,
         corrupt_value=corrupt_value,
         clean=float(clean.mean()),
-        corrupt=float(values[0].mean()),
-        circuit=float(values[1].mean()),
-        faithfulness=faithfulness[1],
-        faithfulness_interval=interval,
-        random_faithfulness=sum(random) / len(random) if random else None,
-        random_interval=(min(random), max(random)) if random else None,
+        corrupt=float(nothing.mean()),
+        circuit=float(kept.mean()),
+        faithfulness=measured,
+        faithfulness_interval=(
+            None if measured is None else bootstrap_ratio(kept - nothing, clean - nothing, seed=seed)
+        ),
+        random_faithfulness=sum(baseline) / len(baseline) if baseline else None,
+        random_interval=(min(baseline), max(baseline)) if baseline else None,
         n_edges=len(circuit),
         n_possible=model.graph.n_edges,
         n_examples=len(task),
-        gap_interval=bootstrap_mean(clean - values[0], seed=seed),
+        gap_interval=bootstrap_mean(clean - nothing, seed=seed),
         curve_points=points,
-        **_areas(points),
-        known=known,
+        **areas(points),
+        known=None if task.known is None else _against_known(circuit, task.known),
         seconds=round(time.perf_counter() - start, 3),
         seed=seed,
     )
@@ -149,16 +136,6 @@ def random_masks(circuit: Circuit, seed: int) -> list[Tensor]:
     return out
 
 
-def _curve_masks(scores: Scores) -> list[tuple[float, bool, Tensor]]:
-    graph, out = scores.graph, []
-    for absolute in (False, True):
-        order = select.ranked_edges(scores.values, graph.mask, absolute=absolute or not scores.signed)
-        for fraction in MIB_FRACTIONS:
-            chosen = select.first_edges(order, int(fraction * graph.n_edges), graph.mask)
-            out.append((fraction, absolute, select.prune_dangling(chosen, graph.feeds)))
-    return out
-
-
 def _ratio(values: Tensor, nothing: Tensor, clean: Tensor) -> float | None:
     """Normalised faithfulness; None where clean and corrupt metrics are equal up to rounding."""
     gap = float(clean.mean() - nothing.mean())
@@ -167,24 +144,8 @@ def _ratio(values: Tensor, nothing: Tensor, clean: Tensor) -> float | None:
     return float(values.mean() - nothing.mean()) / gap
 
 
-def _areas(points: tuple[CurvePoint, ...]) -> dict[str, float | None]:
-    signed = [p for p in points if not p.absolute and p.faithfulness is not None]
-    absolute = [p for p in points if p.absolute and p.faithfulness is not None]
-    if len(signed) < len(MIB_FRACTIONS) or len(absolute) < len(MIB_FRACTIONS):
-        return {"cpr": None, "cmd": None, "log_area": None}
-    x = [p.fraction for p in signed]
-    logs = [math.log10(v) for v in x]
-    f = [float(p.faithfulness) for p in signed if p.faithfulness is not None]
-    distance = [abs(1 - float(p.faithfulness)) for p in absolute if p.faithfulness is not None]
-    return {
-        "cpr": trapezoid(f, x),
-        "cmd": trapezoid(distance, x),
-        "log_area": trapezoid(f, logs) / (logs[-1] - logs[0]),
-    }
-
-
-def _against_known(circuit: Circuit, graph: Graph, known: tuple[str, ...]) -> dict[str, float | None]:
-    truth = graph.edge_mask(known)
+def _against_known(circuit: Circuit, known: tuple[str, ...]) -> dict[str, float | None]:
+    graph, truth = circuit.graph, circuit.graph.edge_mask(known)
     hits = int((circuit.mask & truth).sum())
     out: dict[str, float | None] = {
         "precision": hits / len(circuit) if len(circuit) else 0.0,

@@ -16,12 +16,12 @@ from circuitkit.circuit import Scores
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.base import (
     Plan,
+    backward_bytes,
     clean_and_corrupt,
     corrupt_writes,
     finished,
     matrix_bytes,
     method,
-    run_bytes,
     with_reference,
 )
 from circuitkit.models.edits import patch_edges
@@ -44,7 +44,7 @@ def exact(model: Model, task: Task, *, plan: Plan, corrupt_value: str = "counter
             delta = model.wiring.expand_difference(run.writes, corrupt)
             clean = task.metric(model.logits(run.inputs[-1], batch.positions), batch)
             scores = delta.new_zeros(len(batch), *model.graph.mask.shape)
-            rows = plan.rows(run_bytes(model, batch) / 4, model.device)
+            rows = plan.rows(backward_bytes(model, batch) / 2, model.device)  # small batches are faster on a CPU
             for site in model.wiring.read_sites:
                 for edges in edge_chunks(model, site, max(1, rows // len(batch))):
                     logits, changed = patch_edges(model, run, delta, site, edges, batch.positions)

@@ -73,8 +73,8 @@ def path_scores(
         moments.add(scores)
     if moved and slope < 1e-6:
         raise MetricError(
-            f"the gradient of {task.metric.name!r} is zero at the points where it was taken (KL is flat at the clean "
-            "run); use 'eap-ig', 'exact', or another metric"
+            f"the gradient of {task.metric.name!r} is zero at the points where it was taken (KL and squared "
+            "errors are flat at the clean run); use 'eap-ig', 'exact', or another metric"
         )
     return finished(model, moments)
 

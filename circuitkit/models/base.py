@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from circuitkit.errors import UnsupportedModel
+from circuitkit.errors import UnknownName, UnsupportedModel
 from circuitkit.models.hooked import Model
 
 
@@ -20,6 +22,7 @@ def load(what: str | nn.Module, *, check: bool = True, **options: Any) -> Model:
         options: ``revision`` and ``dtype`` for folders and hub ids; ``tokenizer`` and ``name`` for modules.
 
     Raises:
+        UnknownName: for a name that is nearly one of the zoo's.
         UnsupportedModel: if it cannot be loaded, or its wiring fails a law: results would be wrong.
 
     >>> load("induction/trained")
@@ -32,11 +35,14 @@ def load(what: str | nn.Module, *, check: bool = True, **options: Any) -> Model:
 
 
 def _load_name(what: str, options: dict[str, Any]) -> Model:
-    from circuitkit.models.zoo import load_zoo, zoo_name
+    from circuitkit.models.zoo import load_zoo, zoo_name, zoo_names
 
     name = zoo_name(what)
     if name is not None:
         return load_zoo(name)
+    near = difflib.get_close_matches(what, zoo_names(), n=1, cutoff=0.8)
+    if near and not Path(what).exists():
+        raise UnknownName(f"unknown model {what!r}; did you mean {near[0]!r}? The zoo has {', '.join(zoo_names())}")
     from circuitkit.models.transformer import load_pretrained
 
     return load_pretrained(what, **options)

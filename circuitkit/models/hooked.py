@@ -246,8 +246,11 @@ def _on_input(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]
 @contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
     """Evaluation mode and frozen parameters inside; both exactly as found afterwards."""
-    training = [m for m in module.modules() if m.training]
-    learning = [p for p in module.parameters() if p.requires_grad]
+    # A bridge keeps the Hugging Face module that it runs outside its own tree, with dropout modules of its own.
+    inner = getattr(module, "original_model", None)
+    roots = [module, inner] if isinstance(inner, nn.Module) else [module]
+    training = [m for root in roots for m in root.modules() if m.training]
+    learning = [p for root in roots for p in root.parameters() if p.requires_grad]
     try:
         for m in training:
             m.training = False

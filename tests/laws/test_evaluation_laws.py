@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from circuitkit.circuit import Circuit, Scores
 from circuitkit.errors import GraphError
-from circuitkit.evaluation.faithfulness import MIB_FRACTIONS, circuit_metrics, evaluate
+from circuitkit.evaluation.curve import MIB_FRACTIONS
+from circuitkit.evaluation.faithfulness import circuit_metrics, evaluate
 from circuitkit.functional.stats import auroc, bootstrap_ratio, trapezoid
 from circuitkit.methods.base import Plan, score
 from tests.oracles.literal import literal_circuit

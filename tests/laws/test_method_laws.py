@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuitkit.errors import MetricError
-from circuitkit.functional.metrics import METRICS, Metric
 from circuitkit.functional.attribution import QUADRATURES, quadrature
+from circuitkit.functional.metrics import METRICS, Metric
 from circuitkit.methods.base import edge_methods, score
 from circuitkit.tasks.base import Task
 from tests.oracles.literal import literal_exact, literal_gradient

@@ -2,9 +2,9 @@
 
     x_v = sum_u (1 - dial[u, v]) a_u + dial[u, v] a_u(corrupt)        + what no writer writes (biases)
 
-One dial at 1 is exact edge patching; all dials outside a circuit at 1 run the circuit; minus the derivative with respect
-to the dials at 0 is edge attribution patching. No batching over edges, no factored writers, no replay, no hooks: only the
-weights of a `NativeTransformer` are shared with what it judges. One example at a time.
+One dial at 1 is exact edge patching; all dials outside a circuit at 1 run the circuit; minus the derivative with
+respect to the dials at 0 is edge attribution patching. No batching over edges, no factored writers, no replay, no hooks: only
+the weights of a `NativeTransformer` are shared with what it judges. One example at a time.
 """
 
 import math
@@ -123,7 +123,9 @@ def literal_gradient(model, task, alphas, weights):
             corrupt = literal_writes(module, batch.corrupt[i, :length], graph)
             for alpha, weight in zip(alphas, weights, strict=True):
                 start = corrupt[0] + alpha * (clean[0] - corrupt[0])
-                writes = literal_run(module, batch.clean[i, :length], None, torch.zeros(graph.mask.shape).to(clean), start)[1]
+                writes = literal_run(
+                    module, batch.clean[i, :length], None, torch.zeros(graph.mask.shape).to(clean), start
+                )[1]
                 dial = torch.zeros(graph.mask.shape, dtype=clean.dtype, requires_grad=True)
                 # Turning a dial adds (corrupt - clean) of the end-to-end difference, whatever the point of the path.
                 carried = writes.detach() + corrupt - clean
