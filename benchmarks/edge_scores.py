@@ -3,8 +3,8 @@
     python benchmarks/edge_scores.py [--shape gpt2-small|llama-1b] [--device cpu|cuda] [--out FILE.json]
 
 Floor F: one forward pass without unembedding, plus one forward and backward pass to activations only, of the bare
-Hugging Face module on the same tokens. Each figure is the best of several runs in one process; peak memory is what the process
-takes on top of the loaded model.
+Hugging Face module on the same tokens. Each figure is the best of several runs in one process; peak memory is what
+the process takes on top of the loaded model.
 """
 
 import argparse
@@ -19,7 +19,8 @@ import torch
 import transformers
 
 import circuitkit as ck
-from circuitkit.methods.base import Plan, backward_bytes
+from circuitkit.methods.base import backward_bytes
+from circuitkit.methods.plan import Plan
 from circuitkit.models.edits import patch_edges
 from circuitkit.models.hooked import hooked, quiet
 

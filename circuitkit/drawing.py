@@ -135,7 +135,10 @@ def effect_names(circuit: Circuit) -> tuple[str, str]:
 
 def headline(circuit: Circuit) -> tuple[str, str]:
     """Two lines that say what a circuit is: task, method and model; then its size and faithfulness."""
-    said = [str(circuit.meta[key]) for key in ("task", "method", "model") if circuit.meta.get(key)]
+    scores = circuit.scores
+    known = {} if scores is None else {**scores.provenance, "method": scores.method}
+    known.update(circuit.meta)
+    said = [str(known[key]) for key in ("task", "method", "model") if known.get(key)]
     size = f"{len(circuit):,} of {circuit.graph.n_edges:,} edges"
     result = circuit.result
     if result is None or result.faithfulness is None:

@@ -9,7 +9,7 @@ import torch
 import circuitkit as ck
 from circuitkit.errors import UnsupportedModel
 from circuitkit.evaluation.faithfulness import circuit_metrics
-from circuitkit.methods.base import Plan
+from circuitkit.methods.plan import Plan
 from tests.families import build, every_family
 from tests.toys import random_task
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import torch
 import circuitkit as ck
 from circuitkit.models.zoo import load_zoo, zoo_name, zoo_names
 
-NATIVE = [name for name in zoo_names() if name != "stories260k"]
+has_hooked_transformer = pytest.mark.skipif(
+    int(version("transformer-lens").split(".")[0]) >= 4, reason="TransformerLens 4 has no HookedTransformer"
+)
 
 
 @pytest.mark.parametrize("name", [n for n in zoo_names() if not n.startswith("tracr/")])
@@ -65,10 +68,9 @@ def test_native_models_need_neither_transformer_lens_nor_transformers():
     assert out.stdout.strip() == "False"
 
 
+@has_hooked_transformer
 def test_hooked_transformer_is_accepted_where_it_exists():
-    lens = pytest.importorskip("transformer_lens")
-    if not hasattr(lens, "HookedTransformer"):
-        pytest.skip("this TransformerLens has no HookedTransformer (removed in 4.0)")
+    import transformer_lens as lens
     from safetensors.torch import load_file
 
     from circuitkit.resources import resource
@@ -85,11 +87,11 @@ def test_hooked_transformer_is_accepted_where_it_exists():
     assert vars(hooked.cfg) == flags
 
 
+@has_hooked_transformer
 @pytest.mark.parametrize(("normalization", "activation"), [("LN", "gelu"), ("LNPre", "relu")])
 def test_hooked_transformers_with_layer_norms_obey_the_laws(normalization, activation):
-    lens = pytest.importorskip("transformer_lens")
-    if not hasattr(lens, "HookedTransformer"):
-        pytest.skip("this TransformerLens has no HookedTransformer (removed in 4.0)")
+    import transformer_lens as lens
+
     config = lens.HookedTransformerConfig(
         n_layers=2, d_model=16, n_heads=2, d_head=8, n_ctx=16, d_vocab=20, act_fn=activation, seed=0,
         normalization_type=normalization,

@@ -9,6 +9,7 @@ logits, are the baseline; the sizes of the curve are in `circuitkit.evaluation.c
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,10 +20,11 @@ from circuitkit.errors import GraphError
 from circuitkit.evaluation.curve import areas, curve_circuits, curve_points
 from circuitkit.functional import select
 from circuitkit.functional.stats import auroc, bootstrap_mean, bootstrap_ratio
-from circuitkit.methods.base import Plan, check_task, clean_and_corrupt, corrupt_writes, matrix_bytes, with_reference
+from circuitkit.methods.base import check_task, clean_and_corrupt, corrupt_writes, matrix_bytes, with_reference
+from circuitkit.methods.plan import Plan
 from circuitkit.models.edits import run_circuits
 from circuitkit.models.hooked import Model, quiet
-from circuitkit.tasks.base import Task
+from circuitkit.tasks.base import Batch, Task
 
 N_RANDOM = 20
 
@@ -103,24 +105,25 @@ def circuit_metrics(
     model: Model, task: Task, masks: Bool[Tensor, "circuit src dst"], *, plan: Plan, corrupt_value: str
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "circuit batch"]]:
     """The metric of every example for the whole model and for each circuit; circuits are stacked on the batch axis."""
-    clean_parts: list[Tensor] = []
-    parts: list[Tensor] = []
     with torch.no_grad(), quiet(model.module), plan.bar(len(task) * len(masks), "circuits") as bar:
         corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
-        silent = Plan(plan.batch_size, plan.budget, False)
-        for batch in silent.chunks(task, lambda b: 2 * matrix_bytes(model, b), model, ""):
+
+        def one_chunk(batch: Batch, plan: Plan) -> tuple[Tensor, Tensor]:
             run, corrupt = clean_and_corrupt(model, batch, corrupt_of)
             batch = with_reference(model, task, batch, run)
-            clean_parts.append(task.metric(model.logits(run.inputs[-1], batch.positions), batch).double().cpu())
+            clean = task.metric(model.logits(run.inputs[-1], batch.positions), batch)
             at_once = max(1, plan.rows(2 * matrix_bytes(model, batch), model.device) // len(batch))
             values = []
             for group in masks.split(at_once):
                 logits = run_circuits(model, run, corrupt, group, batch.positions)
                 many = batch.rows(torch.arange(len(batch), device=logits.device).repeat(len(group)))
-                values.append(task.metric(logits.flatten(0, 1), many).unflatten(0, (len(group), -1)).double().cpu())
+                values.append(task.metric(logits.flatten(0, 1), many).unflatten(0, (len(group), -1)))
                 bar.update(len(group) * len(batch))
-            parts.append(torch.cat(values))
-    return torch.cat(clean_parts), torch.cat(parts, 1)
+            return clean.double().cpu(), torch.cat(values).double().cpu()
+
+        silent = replace(plan, progress=False)
+        parts = list(silent.over(task, model.device, "", lambda b: 2 * matrix_bytes(model, b), one_chunk))
+    return torch.cat([clean for clean, _ in parts]), torch.cat([values for _, values in parts], 1)
 
 
 def random_masks(circuit: Circuit, seed: int) -> list[Tensor]:

@@ -86,7 +86,7 @@ def _grid(
             hoverongaps=False,
             customdata=np.array([[f"{source} → {target}" for target in across] for source in down], dtype=object),
             hovertemplate="%{customdata}<br>" + what + " %{z:+.4g}<extra></extra>",
-            colorbar={"title": {"text": what, "side": "right"}, "thickness": 14, "outlinewidth": 0},
+            colorbar={"title": {"text": what, "side": "top"}, "thickness": 14, "outlinewidth": 0},
         )
     )
     figure.update_layout(

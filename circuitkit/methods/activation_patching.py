@@ -18,7 +18,8 @@ from torch import Tensor
 from circuitkit.circuit import NodeScores
 from circuitkit.errors import OptionError
 from circuitkit.functional.ablation import check_corrupt_value, task_mean
-from circuitkit.methods.base import Plan, method, run_bytes, with_reference
+from circuitkit.methods.base import method, run_bytes, with_reference
+from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model, Run
 from circuitkit.models.sites import Place, activations, editor, find_places, selection
 from circuitkit.tasks.base import Batch, Task
@@ -50,30 +51,28 @@ def activation_patching(
         )
     places = find_places(model, site)
     means = _means(model, task, plan, site, places, corrupt_value)
-    effects, gaps = [], []
     width = max(batch.clean.shape[1] for batch in task.batches)
-    for batch in plan.chunks(task, lambda b: run_bytes(model, b), model, f"patching {site}"):
+    noising = direction == "noising"
+
+    def one_chunk(batch: Batch, plan: Plan) -> tuple[Tensor, Tensor]:
         runs = model.record(batch.clean), model.record(batch.corrupt)
         batch = with_reference(model, task, batch, runs[0])
-        clean, corrupt = (task.metric(model.logits(run.inputs[-1], batch.positions), batch) for run in runs)
-        noising = direction == "noising"
-        base, source = (runs[0], runs[1]) if noising else (runs[1], runs[0])
+        ends = [task.metric(model.logits(run.inputs[-1], batch.positions), batch) for run in runs]
+        base, source, reference = (*runs, ends[0]) if noising else (*runs[::-1], ends[1])
         values = activations(model, source, places) if means is None else [m.to(batch.clean.device) for m in means]
         columns = _columns(batch, width) if per_position else _all_positions(batch)
-        reference = clean if noising else corrupt
-        blocks = [
+        effects = [
             _patch(model, task, plan, batch, base, place, value, columns, reference)
             for place, value in zip(places, values, strict=True)
         ]
-        effects.append(torch.cat(blocks, 1) * (1 if noising else -1))
-        gaps.append(torch.stack([clean, corrupt], 1))
-    clean_mean, corrupt_mean = torch.cat(gaps).mean(0).tolist()
-    mean, stderr, n = _moments(torch.cat(effects).double())
-    rows, names = _labels(model, site, places, per_position, width)
+        return torch.cat(effects, 1) * (1 if noising else -1), torch.stack(ends, 1)
+
+    parts = list(plan.over(task, model.device, f"patching {site}", lambda b: run_bytes(model, b), one_chunk))
+    clean, corrupt = torch.cat([ends for _, ends in parts]).mean(0).tolist()
+    mean, stderr = _moments(torch.cat([effects for effects, _ in parts]).double())
+    rows, names = _labels(site, places, per_position, width)
     shape = (len(rows), len(names))
-    return NodeScores(
-        mean.reshape(shape), stderr.reshape(shape), rows, names, clean_mean, corrupt_mean, n_examples=n
-    )  # fmt: skip
+    return NodeScores(mean.reshape(shape), stderr.reshape(shape), rows, names, clean, corrupt, n_examples=len(task))
 
 
 def _means(
@@ -83,10 +82,11 @@ def _means(
         return None
     if site == "pattern" and corrupt_value != "zero" and len({b.clean.shape[1] for b in task.batches}) > 1:
         raise OptionError("a mean pattern needs pairs of one length")
-    recorded = [
-        (activations(model, model.record(b.clean), places), b.lengths)
-        for b in plan.chunks(task, lambda b: 2 * run_bytes(model, b), model, "mean activations")
-    ]
+
+    def one_chunk(batch: Batch, _plan: Plan) -> tuple[list[Tensor], Tensor]:
+        return activations(model, model.record(batch.clean), places), batch.lengths
+
+    recorded = list(plan.over(task, model.device, "mean activations", lambda b: 2 * run_bytes(model, b), one_chunk))
     per_position = corrupt_value == "position-mean"
     means = [task_mean(((v[i], n) for v, n in recorded), per_position=per_position) for i in range(len(places))]
     return [torch.zeros_like(m) for m in means] if corrupt_value == "zero" else means
@@ -130,16 +130,14 @@ def _patch(
     return torch.cat(found, 1).unflatten(1, (n, -1))
 
 
-def _moments(effects: Tensor) -> tuple[Tensor, Tensor, int]:
+def _moments(effects: Tensor) -> tuple[Tensor, Tensor]:
     count = effects.isfinite().sum(0)
     mean = effects.nanmean(0)
     spread = (effects - mean).square().nansum(0) / (count - 1).clamp(min=1)
-    return mean.float().cpu(), (spread / count.clamp(min=1)).sqrt().float().cpu(), len(effects)
+    return mean.float().cpu(), (spread / count.clamp(min=1)).sqrt().float().cpu()
 
 
-def _labels(
-    model: Model, site: str, places: list[Place], per_position: bool, width: int
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _labels(site: str, places: list[Place], per_position: bool, width: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     n, blocks = places[0].n, [f"L{place.block}" for place in places]
     if site == "resid":
         blocks[-1] = "final"

@@ -1,21 +1,21 @@
-"""What all methods share: the registry, `Plan` (how the work is cut to fit memory), and `score`."""
+"""What all methods share: the registry, `score`, what removed edges carry, and how much memory things take."""
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from circuitkit.circuit import Scores
 from circuitkit.errors import MetricError, OptionError, TaskError
 from circuitkit.functional.ablation import check_corrupt_value, task_mean
 from circuitkit.functional.stats import Moments
+from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model, Run, quiet
 from circuitkit.registry import Registry
 from circuitkit.tasks.base import Batch, Task
@@ -49,83 +49,6 @@ def method(name: str, *, level: str = "edge") -> Callable[[Any], Any]:
 def edge_methods() -> tuple[str, ...]:
     """Names of the methods that score edges, from whose scores a circuit can be cut."""
     return tuple(name for name, function in METHODS.items() if function.level == "edge")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the work is cut: never more rows at once than the batch size and the memory budget allow.
-
-    Args:
-        batch_size: most examples at once, or ``"auto"``.
-        budget: bytes that one chunk's activations may take, or None for a default by device.
-        progress: whether to show a bar for work that takes more than two seconds.
-        seed: for whatever is drawn at random.
-    """
-
-    batch_size: int | str = "auto"
-    budget: int | None = None
-    progress: bool = True
-    seed: int = 0
-
-    @classmethod
-    def of(cls, batch_size: int | str, budget: int | str | None, progress: bool, seed: int) -> Plan:
-        """A checked plan; a budget may be written ``"4GiB"``. Raises OptionError."""
-        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-            raise OptionError(f"got batch_size = {batch_size!r}, expected 'auto' or a whole number of at least 1")
-        return cls(batch_size, parse_bytes(budget), progress, seed)
-
-    def rows(self, bytes_per_row: float, device: torch.device) -> int:
-        """How many rows fit into the budget; at least one."""
-        budget = self.budget
-        if budget is None:
-            budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 400 * 2**20
-        return max(1, int(budget // max(bytes_per_row, 1)))
-
-    def chunks(
-        self, task: Task, bytes_per_example: Callable[[Batch], float], model: Model, label: str
-    ) -> Iterator[Batch]:
-        """The task's examples in batches that fit, on the model's device, with a progress bar."""
-        with self.bar(len(task), label) as bar:
-            for batch in task.batches:
-                size = self.rows(bytes_per_example(batch), model.device)
-                size = size if self.batch_size == "auto" else min(size, int(self.batch_size))
-                for start in range(0, len(batch), size):
-                    part = batch.rows(slice(start, start + size)).to(model.device)
-                    yield part
-                    bar.update(len(part))
-
-    def bar(self, total: int, label: str) -> tqdm:
-        """A progress bar that appears only after two seconds."""
-        return tqdm(total=total, desc=label, disable=not self.progress, delay=2, leave=False)
-
-
-def parse_bytes(budget: int | str | None) -> int | None:
-    """Bytes from ``512``, ``"512MiB"`` or ``"4 GiB"``. Raises OptionError for anything else.
-
-    >>> parse_bytes("1.5GiB"), parse_bytes(None)
-    (1610612736, None)
-    """
-    if budget is None:
-        return None
-    text = str(budget).strip()
-    for unit, factor in (
-        ("GiB", 2**30),
-        ("MiB", 2**20),
-        ("KiB", 2**10),
-        ("GB", 10**9),
-        ("MB", 10**6),
-        ("B", 1),
-        ("", 1),
-    ):
-        if text.endswith(unit):
-            try:
-                value = float(text.removesuffix(unit)) * factor
-            except ValueError:
-                break
-            if value >= 1:
-                return int(value)
-            break
-    raise OptionError(f"got budget = {budget!r}, expected bytes such as 536870912, '512MiB' or '4GiB'")
 
 
 def score(
@@ -231,10 +154,15 @@ def corrupt_writes(model: Model, task: Task, plan: Plan, corrupt_value: str) -> 
         return lambda run: tuple(torch.zeros_like(w) for w in run.writes)
     per_position = corrupt_value == "position-mean"
     sites = range(len(model.wiring.write_sites))
-    recorded = [
-        (model.record(b.clean).writes, b.lengths)
-        for b in plan.chunks(task, lambda b: run_bytes(model, b), model, "mean activations")
-    ]
+    recorded = list(
+        plan.over(
+            task,
+            model.device,
+            "mean activations",
+            lambda b: run_bytes(model, b),
+            lambda b, _: (model.record(b.clean).writes, b.lengths),
+        )
+    )
     means = [task_mean(((w[i], lengths) for w, lengths in recorded), per_position=per_position) for i in sites]
     return lambda run: tuple(mean[: w.shape[1]].to(w).expand_as(w) for mean, w in zip(means, run.writes, strict=True))
 

@@ -10,12 +10,15 @@ Reference: Wang et al. 2023, arXiv:2211.00593 (path patching), restricted to dir
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from circuitkit.circuit import Scores
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.base import (
-    Plan,
     backward_bytes,
     clean_and_corrupt,
     corrupt_writes,
@@ -24,10 +27,11 @@ from circuitkit.methods.base import (
     method,
     with_reference,
 )
+from circuitkit.methods.plan import Plan
 from circuitkit.models.edits import patch_edges
 from circuitkit.models.hooked import Model
 from circuitkit.models.wiring import ReadSite
-from circuitkit.tasks.base import Task
+from circuitkit.tasks.base import Batch, Task
 
 
 @method("exact")
@@ -36,15 +40,15 @@ def exact(model: Model, task: Task, *, plan: Plan, corrupt_value: str = "counter
     corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
     moments = Moments()
     with plan.bar(len(task) * model.graph.n_edges, "edges") as bar:
-        for batch in Plan(plan.batch_size, plan.budget, False).chunks(
-            task, lambda b: matrix_bytes(model, b), model, ""
-        ):
+
+        def one_chunk(batch: Batch, plan: Plan) -> Float[Tensor, "batch src dst"]:
             run, corrupt = clean_and_corrupt(model, batch, corrupt_of)
             batch = with_reference(model, task, batch, run)
             delta = model.wiring.expand_difference(run.writes, corrupt)
             clean = task.metric(model.logits(run.inputs[-1], batch.positions), batch)
             scores = delta.new_zeros(len(batch), *model.graph.mask.shape)
-            rows = plan.rows(backward_bytes(model, batch) / 2, model.device)  # small batches are faster on a CPU
+            # A replay without gradients holds less, but small batches are faster on a CPU.
+            rows = plan.rows(backward_bytes(model, batch) / 2, model.device)
             for site in model.wiring.read_sites:
                 for edges in edge_chunks(model, site, max(1, rows // len(batch))):
                     logits, changed = patch_edges(model, run, delta, site, edges, batch.positions)
@@ -53,6 +57,10 @@ def exact(model: Model, task: Task, *, plan: Plan, corrupt_value: str = "counter
                     src, dst = torch.tensor(edges).T
                     scores[:, src, dst] = torch.where(changed, clean - patched, 0.0).T.to(scores.dtype)
                     bar.update(len(edges) * len(batch))
+            return scores
+
+        silent = replace(plan, progress=False)
+        for scores in silent.over(task, model.device, "", lambda b: matrix_bytes(model, b), one_chunk):
             moments.add(scores)
     return finished(model, moments)
 

@@ -119,7 +119,11 @@ def _example(circuit: Circuit) -> list[tuple[str, str]]:
     if not isinstance(example, dict):
         return []
     names = [name for name in ("clean", "corrupt", "right", "wrong") if example.get(name)]
-    return [(name, visible(str(example[name]))) for name in names]
+    return [(name, visible(_sentence(example[name]))) for name in names]
+
+
+def _sentence(tokens: Any) -> str:
+    return " ".join(map(str, tokens)) if isinstance(tokens, list | tuple) else str(tokens)
 
 
 def _place(layer: int, kind: str) -> str:

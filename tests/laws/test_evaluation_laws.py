@@ -12,7 +12,8 @@ from circuitkit.errors import GraphError
 from circuitkit.evaluation.curve import MIB_FRACTIONS
 from circuitkit.evaluation.faithfulness import circuit_metrics, evaluate
 from circuitkit.functional.stats import auroc, bootstrap_ratio, trapezoid
-from circuitkit.methods.base import Plan, score
+from circuitkit.methods.base import score
+from circuitkit.methods.plan import Plan
 from tests.oracles.literal import literal_circuit
 from tests.toys import SHAPES, random_model, random_task
 

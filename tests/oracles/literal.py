@@ -3,8 +3,8 @@
     x_v = sum_u (1 - dial[u, v]) a_u + dial[u, v] a_u(corrupt)        + what no writer writes (biases)
 
 One dial at 1 is exact edge patching; all dials outside a circuit at 1 run the circuit; minus the derivative with
-respect to the dials at 0 is edge attribution patching. No batching over edges, no factored writers, no replay, no hooks: only
-the weights of a `NativeTransformer` are shared with what it judges. One example at a time.
+respect to the dials at 0 is edge attribution patching. No batching over edges, no factored writers, no replay, no
+hooks: only the weights of a `NativeTransformer` are shared with what it judges. One example at a time.
 """
 
 import math
