@@ -143,11 +143,11 @@ def headline(circuit: Circuit) -> tuple[str, str]:
     result = circuit.result
     if result is None or result.faithfulness is None:
         return visible(" · ".join(said)) or "circuit", size
-    tail = f" · faithfulness {result.faithfulness:.2f}"
+    tail = f" · faithfulness {result.faithfulness:z.2f}"
     if result.faithfulness_interval is not None:
-        tail += " [{:.2f}, {:.2f}]".format(*result.faithfulness_interval)
+        tail += " [{:z.2f}, {:z.2f}]".format(*result.faithfulness_interval)
     if result.random_faithfulness is not None:
-        tail += f" · random circuits {result.random_faithfulness:.2f}"
+        tail += f" · random circuits {result.random_faithfulness:z.2f}"
     return visible(" · ".join(said)) or visible(result.task), size + tail
 
 

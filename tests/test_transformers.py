@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import circuitkit as ck
-from circuitkit.errors import UnsupportedModel
+from circuitkit.errors import UnknownName, UnsupportedModel
 from circuitkit.evaluation.faithfulness import circuit_metrics
 from circuitkit.methods.plan import Plan
 from tests.families import build, every_family
@@ -122,7 +122,7 @@ def test_a_folder_is_loaded_with_its_tokenizer(tmp_path):
 
 
 def test_names_that_cannot_be_loaded_say_why(tmp_path):
-    with pytest.raises(ck.UnknownName if hasattr(ck, "UnknownName") else KeyError, match="did you mean 'tracr/hist'"):
+    with pytest.raises(UnknownName, match="did you mean 'tracr/hist'"):
         ck.load("tracr/hits")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UnsupportedModel, match="could not be loaded"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import circuitkit as ck
+from circuitkit.errors import OptionError
 from circuitkit.models.zoo import load_zoo, zoo_name, zoo_names
 
 has_hooked_transformer = pytest.mark.skipif(
@@ -99,3 +100,16 @@ def test_hooked_transformers_with_layer_norms_obey_the_laws(normalization, activ
     with torch.random.fork_rng():
         module = lens.HookedTransformer(config)
     assert ck.load(module).graph.n_edges > 0
+
+
+def test_dtype_reaches_the_weights_and_their_wiring():
+    model = ck.load("tracr/hist", dtype=torch.float64)
+    assert model.wiring.write_sites[1].weight.dtype == torch.float64
+    assert ck.load("stories260k", dtype=torch.bfloat16).module.W_E.dtype == torch.bfloat16
+
+
+def test_options_that_do_not_apply_are_refused():
+    with pytest.raises(OptionError, match="no option 'devise'"):
+        ck.load("tracr/hist", devise="cpu")
+    with pytest.raises(ValueError, match="no option 'device'"):
+        ck.load(torch.nn.Linear(1, 1), device="cpu")

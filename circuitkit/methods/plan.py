@@ -83,7 +83,7 @@ class Plan:
         if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)):
             raise error
         budget = int(min(self._budget(device), n * bytes_per_example)) // 2
-        if budget < 2**16:
+        if budget < 2**10:
             raise OptionError(
                 "out of memory with one example at a time; use shorter inputs, a smaller model or a narrower dtype"
             ) from error

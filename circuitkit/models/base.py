@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from circuitkit.errors import UnknownName, UnsupportedModel
+from circuitkit.errors import OptionError, UnknownName, UnsupportedModel
 from circuitkit.models.hooked import Model
 
 
@@ -19,15 +19,21 @@ def load(what: str | nn.Module, *, check: bool = True, **options: Any) -> Model:
         what: a zoo name, a local Hugging Face folder, a hub id, a causal language model of transformers, a
             TransformerBridge, or a HookedTransformer. A module of yours is never changed.
         check: whether to run the load laws (a few passes over five tokens).
-        options: ``revision`` and ``dtype`` for folders and hub ids; ``tokenizer`` and ``name`` for modules.
+        options: for a name, folder or hub id ``device`` and ``dtype``, and ``revision`` for a hub id; for a module
+            ``tokenizer`` and ``name``. Move a module of yours to its device before you load it.
 
     Raises:
+        OptionError: for an option that does not apply.
         UnknownName: for a name that is nearly one of the zoo's.
         UnsupportedModel: if it cannot be loaded, or its wiring fails a law: results would be wrong.
 
     >>> load("induction/trained")
     Model(induction/trained: 3 writers, 7 readers, 12 edges)
     """
+    allowed = ("device", "dtype", "revision", "name", "tokenizer") if isinstance(what, str) else ("name", "tokenizer")
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise OptionError(f"load has no option {unknown[0]!r} here; its options are check, {', '.join(allowed)}")
     model = _load_name(what, options) if isinstance(what, str) else _load_module(what, options)
     if check:
         model.check()
@@ -39,7 +45,7 @@ def _load_name(what: str, options: dict[str, Any]) -> Model:
 
     name = zoo_name(what)
     if name is not None:
-        return load_zoo(name)
+        return load_zoo(name, **{k: v for k, v in options.items() if k in ("device", "dtype")})
     near = difflib.get_close_matches(what, zoo_names(), n=1, cutoff=0.8)
     if near and not Path(what).exists():
         raise UnknownName(f"unknown model {what!r}; did you mean {near[0]!r}? The zoo has {', '.join(zoo_names())}")

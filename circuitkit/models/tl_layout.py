@@ -14,7 +14,15 @@ from circuitkit.models.native import NativeConfig, NativeTransformer
 from circuitkit.models.wiring import Port, ReadSite, Wiring, WriteSite, transformer_graph
 
 
-def native_model(config: dict[str, Any], weights: dict[str, Tensor], *, name: str, **about: Any) -> Model:
+def native_model(
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    *,
+    name: str,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **about: Any,
+) -> Model:
     """A `Model` from a HookedTransformerConfig as a dict and a state dict in that layout.
 
     Raises:
@@ -27,6 +35,7 @@ def native_model(config: dict[str, Any], weights: dict[str, Tensor], *, name: st
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise UnsupportedModel(f"the weights of {name} do not fit its configuration: {error}") from error
+    module.to(device=device, dtype=dtype)
     c = module.config
     wiring = _wire(module, (c.n_layers, c.n_heads, c.n_kv, c.d_head), not c.attn_only, module.tail)
     return Model(module, wiring, forward=_call, name=name, d_vocab=c.d_vocab, n_ctx=c.n_ctx, **about)

@@ -7,7 +7,8 @@ stored as weight or 1 + weight) is found by experiment on a few tokens, then tes
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ from circuitkit.models.wiring import Port, ReadSite, Wiring, WriteSite, transfor
 
 
 def load_pretrained(
-    source: str, *, name: str | None = None, revision: str | None = None, dtype: Any = None, **about: Any
+    source: str,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    dtype: Any = None,
+    device: str | torch.device | None = None,
+    **about: Any,
 ) -> Model:
     """A `Model` from a local Hugging Face folder or a hub id; weights are read from safetensors only.
 
@@ -32,15 +39,16 @@ def load_pretrained(
 
     local = Path(source).is_dir()
     try:
-        module = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=local,
-            trust_remote_code=False,
-            attn_implementation="eager",
-        )
+        with _no_bar_for(local):
+            module = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=local,
+                trust_remote_code=False,
+                attn_implementation="eager",
+            )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         kind = "folder" if local else "zoo name, folder or hub id"
@@ -52,7 +60,22 @@ def load_pretrained(
     except (OSError, ValueError, ImportError):
         tokenizer = None
     about.setdefault("tokenizer", tokenizer)
-    return module_model(module.eval(), name=name or Path(source).name, copy_structure=False, **about)
+    return module_model(module.eval().to(device), name=name or Path(source).name, copy_structure=False, **about)
+
+
+@contextmanager
+def _no_bar_for(local: bool) -> Iterator[None]:
+    """Reading a local folder is a matter of moments; transformers shows a bar all the same."""
+    from transformers.utils import logging
+
+    quiet_please = local and logging.is_progress_bar_enabled()
+    if quiet_please:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet_please:
+            logging.enable_progress_bar()
 
 
 def module_model(module: nn.Module, *, name: str | None = None, copy_structure: bool = True, **about: Any) -> Model:

@@ -39,8 +39,8 @@ def zoo_name(name: str) -> str | None:
     return ends[0] if len(ends) == 1 else None
 
 
-def load_zoo(name: str) -> Model:
-    """Load a zoo model by its full name. Raises UnknownName for any other."""
+def load_zoo(name: str, **options: Any) -> Model:
+    """Load a zoo model by its full name; ``device`` and ``dtype`` as for `load`. Raises UnknownName for any other."""
     if name == "stories260k":
         from circuitkit.models.transformer import load_pretrained
 
@@ -48,6 +48,7 @@ def load_zoo(name: str) -> Model:
             str(resource("stories260k", "hf")),
             name=name,
             card=_card(resource("stories260k", "stories260k.json")),
+            **options,
         )
     if name not in zoo_names():
         raise UnknownName(f"{name!r} is not in the zoo; it has {', '.join(zoo_names())}")
@@ -56,22 +57,20 @@ def load_zoo(name: str) -> Model:
             resource("stories260k", "hooked_transformer.safetensors"),
             resource("stories260k", "stories260k.json"),
         )
-        return _native(name, weights, card, tokenizer=_tokenizer(resource("stories260k", "hf")))
+        return _native(name, weights, card, tokenizer=_tokenizer(resource("stories260k", "hf")), **options)
     short, stem = name.split("/")
     stem = {v: k for k, v in SHORT.items()}.get(name, name).split("/")[1]
     weights = resource(FOLDERS[short], f"{stem}.safetensors")
-    return _native(name, weights, weights.with_suffix(".json"))
+    return _native(name, weights, weights.with_suffix(".json"), **options)
 
 
-def _native(name: str, weights: Path, card_path: Path, tokenizer: Any = None) -> Model:
+def _native(name: str, weights: Path, card_path: Path, **options: Any) -> Model:
     from safetensors.torch import load_file
 
     from circuitkit.models.tl_layout import native_model
 
     card = _card(card_path)
-    return native_model(
-        card["hooked_transformer_config"], load_file(weights), name=name, card=card, tokenizer=tokenizer
-    )
+    return native_model(card["hooked_transformer_config"], load_file(weights), name=name, card=card, **options)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -102,16 +102,16 @@ def _facts(circuit: Circuit) -> list[tuple[str, str, str]]:
     if result.faithfulness is None:
         facts.append(("faithfulness", "undefined", ""))
     else:
-        facts.append(("faithfulness", f"{result.faithfulness:.2f}", _interval(result.faithfulness_interval)))
+        facts.append(("faithfulness", f"{result.faithfulness:z.2f}", _interval(result.faithfulness_interval)))
     if result.random_faithfulness is not None:
-        facts.append(("random circuits", f"{result.random_faithfulness:.2f}", _interval(result.random_interval)))
-    ends = f"clean {result.clean:.2f}, corrupt {result.corrupt:.2f}"
-    facts.append((visible(result.metric), f"{result.circuit:.2f}", ends))
+        facts.append(("random circuits", f"{result.random_faithfulness:z.2f}", _interval(result.random_interval)))
+    ends = f"clean {result.clean:z.2f}, corrupt {result.corrupt:z.2f}"
+    facts.append((visible(result.metric), f"{result.circuit:z.2f}", ends))
     return facts
 
 
 def _interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else "[{:.2f}, {:.2f}]".format(*interval)
+    return "" if interval is None else "[{:z.2f}, {:z.2f}]".format(*interval)
 
 
 def _example(circuit: Circuit) -> list[tuple[str, str]]:
