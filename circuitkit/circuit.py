@@ -140,9 +140,9 @@ class Circuit:
         meta: method, options, task, model and whatever else belongs in the file.
 
     >>> from circuitkit.graph import chain_graph
-    >>> circuit = Scores(torch.ones(3, 3), chain_graph(2), "example").top(2)
-    >>> list(circuit.edge_names())
-    ['input->m0', 'm0->logits']
+    >>> circuit = Scores(torch.ones(3, 3), chain_graph(2), "example").top(3)
+    >>> circuit.edge_names()
+    ['input->m0', 'input->logits', 'm0->logits']
     """
 
     graph: Graph

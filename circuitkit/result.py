@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+SITE_WORDS = {"resid": "residual stream", "head": "head output", "pattern": "attention pattern", "mlp": "MLP output"}
+
+
 @dataclass(frozen=True, eq=False)
 class NodeScores:
     """One number per component, or per component and position; positive supports the behaviour.
@@ -56,12 +59,15 @@ class NodeScores:
         return pd.DataFrame(self.values.tolist(), index=list(self.rows), columns=list(self.columns))
 
     def plot(self) -> go.Figure:
-        """The usual heat map: layers (or components) down, positions (or heads) across."""
+        """The usual heat map: layers (or components) up, positions (or heads) across; 1 is the whole effect."""
         from circuitkit.figures.heatmap import position_heatmap
 
-        where = self.options.get("site", "component")
-        title = f"{self.options.get('direction', 'patching')} the {where} ({self.provenance.get('task', 'task')})"
-        return position_heatmap(self.normalised, list(self.rows), list(self.columns), title)
+        site, direction = (str(self.options.get(name, "")) for name in ("site", "direction"))
+        title = ", ".join(filter(None, (str(self.provenance.get("task", "")), SITE_WORDS.get(site, site), direction)))
+        across = "position, counted back from the last token" if self.columns[-1] == "end" else "head"
+        up = "layer and head" if "H" in self.rows[0] else "layer"
+        figure = position_heatmap(self.normalised, list(self.rows), list(self.columns), title)
+        return figure.update_layout(xaxis_title=across, yaxis_title=up)
 
     def __repr__(self) -> str:
         return f"NodeScores({self.method}, {len(self.rows)} x {len(self.columns)}, {self.n_examples} examples)"
@@ -91,7 +97,7 @@ class Result:
     Args:
         task: the task's name.
         metric: the metric's name; bigger means the behaviour is done better.
-        corrupt_value: what removed edges carry: counterfactual, mean or zero.
+        corrupt_value: what removed edges carry: counterfactual, mean, position-mean or zero.
         clean: metric of the whole model on clean inputs.
         corrupt: metric with every edge removed.
         circuit: metric with the edges outside the circuit removed.

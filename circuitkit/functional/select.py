@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuitkit.shapes import EdgeMask, EdgeMatrix
@@ -106,37 +106,52 @@ def grown_order(values: EdgeMatrix, mask: EdgeMask, feeds: Bool[Tensor, "dst src
 
 
 def random_connected(n: int, mask: EdgeMask, feeds: Bool[Tensor, "dst src"], generator: torch.Generator) -> EdgeMask:
-    """A union of random walks from a sink back to a root with at most ``n`` edges: a baseline of equal size.
+    """A random circuit of ``n`` edges (fewer only where no connected circuit has so many): a baseline of equal size.
 
-    Every edge lies on a complete path. Walks that would exceed ``n`` are dropped; after 50 in a row it stops.
+    A random ranking is cut as a real one would be. Where that falls apart, as small cuts of large graphs do, random
+    walks from a sink back to a root are joined, then filled up with random edges between what they connect.
     """
+    possible = mask.nonzero()
+    order = possible[torch.randperm(len(possible), generator=generator)]
+    chosen = largest_connected(order, n, mask, feeds)
+    if int(chosen.sum()) >= 0.95 * n:
+        return chosen
+    edges, rejected = set[tuple[int, int]](), 0
+    into = [column.nonzero().flatten().tolist() for column in mask.T]
+    inputs = [column.nonzero().flatten().tolist() for column in feeds.T]
+    sinks = (~feeds.any(1)).nonzero().flatten().tolist()
+    while rejected < 20 and len(edges) < n:
+        joined = edges.union(_walk_to_root(sinks, into, inputs, generator))
+        rejected += len(joined) > n or joined == edges
+        edges = joined if len(joined) <= n else edges
     chosen = torch.zeros_like(mask)
-    sinks = (~feeds.any(1)).nonzero().flatten()
-    count, rejected = 0, 0
-    while count < n and rejected < 50:
-        walk = _walk_to_root(sinks, mask, feeds, generator)
-        fresh = [edge for edge in walk if not chosen[edge]]
-        if not fresh or count + len(fresh) > n:
-            rejected += 1
-            continue
-        rejected = 0
-        for edge in fresh:
-            chosen[edge] = True
-        count += len(fresh)
-    return chosen
+    chosen[tuple(torch.tensor(sorted(edges), dtype=torch.long).reshape(-1, 2).T)] = True
+    return _fill(chosen, n, order, feeds)
 
 
-def _walk_to_root(sinks: Tensor, mask: EdgeMask, feeds: Tensor, generator: torch.Generator) -> list[tuple[int, int]]:
+def _walk_to_root(
+    sinks: list[int], into: list[list[int]], inputs: list[list[int]], generator: torch.Generator
+) -> list[tuple[int, int]]:
     walk: list[tuple[int, int]] = []
     readers = sinks
-    while len(readers) and len(walk) < len(mask):
+    while readers and len(walk) < len(inputs):
         dst = _pick(readers, generator)
-        src = _pick(mask[:, dst].nonzero().flatten(), generator)
-        if (src, dst) not in walk:
-            walk.append((src, dst))
-        readers = feeds[:, src].nonzero().flatten()
+        src = _pick(into[dst], generator)
+        walk.append((src, dst))
+        readers = inputs[src]
     return walk
 
 
-def _pick(items: Float[Tensor, " n"] | Tensor, generator: torch.Generator) -> int:
-    return int(items[torch.randint(len(items), (1,), generator=generator)])
+def _fill(chosen: EdgeMask, n: int, order: Int[Tensor, "edge two"], feeds: Bool[Tensor, "dst src"]) -> EdgeMask:
+    """Add edges in the given order between writers and readers that are connected already, up to ``n``."""
+    writers = chosen.any(1) | ~feeds.any(0)
+    readers = chosen.any(0) | ~feeds.any(1)
+    new = order[writers[order[:, 0]] & readers[order[:, 1]] & ~chosen[order[:, 0], order[:, 1]]]
+    new = new[: n - int(chosen.sum())]
+    chosen = chosen.clone()
+    chosen[new[:, 0], new[:, 1]] = True
+    return prune_dangling(chosen, feeds)
+
+
+def _pick(items: list[int], generator: torch.Generator) -> int:
+    return items[int(torch.randint(len(items), (1,), generator=generator))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from tqdm.auto import tqdm
+from tqdm.std import tqdm
 
 from circuitkit.errors import OptionError
 from circuitkit.tasks.base import Batch, Task

@@ -75,7 +75,7 @@ def norm(module, x):
 def rotate(x, rotary_dim):
     out = x.clone()
     for i in range(rotary_dim // 2):
-        angle = torch.arange(len(x)) / 10000 ** (2 * i / rotary_dim)
+        angle = torch.arange(len(x), dtype=torch.float64) / 10000 ** (2 * i / rotary_dim)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         out[:, 2 * i] = x[:, 2 * i] * cos - x[:, 2 * i + 1] * sin
         out[:, 2 * i + 1] = x[:, 2 * i] * sin + x[:, 2 * i + 1] * cos
