@@ -1,6 +1,6 @@
 """How long edge scores take against the hardware's floor, on a random model of GPT-2 small's shape.
 
-    python benchmarks/edge_scores.py [--shape gpt2-small|llama-1b] [--device cpu|cuda] [--out FILE.json]
+    python benchmarks/edge_scores.py [--shape gpt2-small|llama-1b|stories260k] [--device cpu|cuda] [--out FILE.json]
 
 Floor F: one forward pass without unembedding, plus one forward and backward pass to activations only, of the bare
 Hugging Face module on the same tokens. Each figure is the best of several runs in one process; peak memory is what
@@ -36,7 +36,16 @@ SHAPES = {
         head_dim=64,
         max_position_embeddings=2048,
     ),
-    "tiny": lambda: transformers.GPT2Config(n_embd=64, n_layer=4, n_head=4, vocab_size=500),
+    "stories260k": lambda: transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=512,
+    ),
 }
 
 

@@ -99,8 +99,8 @@ def _where_from(model: Model, task: Task, scores: Scores) -> dict[str, Any]:
     }
 
 
-def _example(model: Model, batch: Batch) -> dict[str, list[str]]:
-    """The first pair of a task as token strings, for the page that shows the circuit."""
+def _example(model: Model, batch: Batch) -> dict[str, str]:
+    """The first pair of a task as text, for the page that shows the circuit."""
     row = batch.rows(slice(0, 1))
     length = int(row.lengths[0])
     ids = {
@@ -109,9 +109,8 @@ def _example(model: Model, batch: Batch) -> dict[str, list[str]]:
         "right": row.right.flatten(),
         "wrong": row.wrong.flatten(),
     }
-    return {name: [_token(model, int(i)) for i in values.tolist() if i >= 0] for name, values in ids.items()}
+    return {name: _text(model, [i for i in values.tolist() if i >= 0]) for name, values in ids.items()}
 
 
-def _token(model: Model, index: int) -> str:
-    tokenizer = model.tokenizer
-    return str(index) if tokenizer is None else str(tokenizer.decode([index]))
+def _text(model: Model, ids: list[int]) -> str:
+    return " ".join(map(str, ids)) if model.tokenizer is None else str(model.tokenizer.decode(ids))
