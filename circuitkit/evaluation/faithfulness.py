@@ -119,7 +119,7 @@ def circuit_metrics(
                 many = batch.rows(torch.arange(len(batch), device=logits.device).repeat(len(group)))
                 values.append(task.metric(logits.flatten(0, 1), many).unflatten(0, (len(group), -1)))
                 bar.update(len(group) * len(batch))
-            return clean.double().cpu(), torch.cat(values).double().cpu()
+            return clean.cpu().double(), torch.cat(values).cpu().double()
 
         silent = replace(plan, progress=False)
         parts = list(silent.over(task, model.device, "", lambda b: 2 * matrix_bytes(model, b), one_chunk))

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitkit.errors import OptionError
+from circuitkit.functional.norms import at_least_float32
 
 CORRUPT_VALUES = ("counterfactual", "mean", "position-mean", "zero")
 
@@ -38,7 +39,7 @@ def task_mean(
     for x, lengths in values:
         real = torch.arange(x.shape[1], device=x.device)[None] < lengths.to(x.device)[:, None]
         real = real.reshape(*real.shape, *[1] * (x.dim() - 2))
-        part, n = (x.double() * real).sum(0), real.double().sum(0)
+        part, n = (at_least_float32(x) * real).sum(0).cpu().double(), real.sum(0).cpu().double()
         longest = max(len(total), len(part))
         total, count = (
             _longer(total, longest, part) + _longer(part, longest, part),

@@ -23,13 +23,11 @@ class Moments:
 
     def add(self, values: Float[Tensor, batch * rest]) -> None:
         """Take in a chunk; the first axis counts examples."""
-        values = values.double()
+        values = values.cpu().double()  # some accelerators have no float64
         n, mean = len(values), values.mean(0)
-        gap, total = mean - self.mean.to(mean.device), self.n + n
-        self._squares = (
-            self._squares.to(mean.device) + (values - mean).square().sum(0) + gap.square() * (self.n * n / total)
-        )
-        self.mean, self.n = self.mean.to(mean.device) + gap * (n / total), total
+        gap, total = mean - self.mean, self.n + n
+        self._squares = self._squares + (values - mean).square().sum(0) + gap.square() * (self.n * n / total)
+        self.mean, self.n = self.mean + gap * (n / total), total
 
     @property
     def stderr(self) -> Float[Tensor, "*rest"]:
@@ -40,12 +38,12 @@ class Moments:
 def bootstrap_ratio(top: Float[Tensor, " batch"], bottom: Float[Tensor, " batch"], *, seed: int) -> tuple[float, float]:
     """95 % percentile interval of mean(top) / mean(bottom) under resampling of the examples."""
     index = _resamples(len(top), seed)
-    return _interval(top.double().cpu()[index].mean(1) / bottom.double().cpu()[index].mean(1))
+    return _interval(top.cpu().double()[index].mean(1) / bottom.cpu().double()[index].mean(1))
 
 
 def bootstrap_mean(values: Float[Tensor, " batch"], *, seed: int) -> tuple[float, float]:
     """95 % percentile interval of the mean under resampling of the examples."""
-    return _interval(values.double().cpu()[_resamples(len(values), seed)].mean(1))
+    return _interval(values.cpu().double()[_resamples(len(values), seed)].mean(1))
 
 
 def _resamples(n: int, seed: int, times: int = 1000) -> Tensor:

@@ -59,7 +59,7 @@ def activation_patching(
         batch = with_reference(model, task, batch, runs[0])
         ends = [task.metric(model.logits(run.inputs[-1], batch.positions), batch) for run in runs]
         base, source, reference = (*runs, ends[0]) if noising else (*runs[::-1], ends[1])
-        values = activations(model, source, places) if means is None else [m.to(batch.clean.device) for m in means]
+        values = activations(model, source, places) if means is None else [m.to(source.inputs[0]) for m in means]
         columns = _columns(batch, width) if per_position else _all_positions(batch)
         effects = [
             _patch(model, task, plan, batch, base, place, value, columns, reference)
@@ -69,7 +69,7 @@ def activation_patching(
 
     parts = list(plan.over(task, model.device, f"patching {site}", lambda b: run_bytes(model, b), one_chunk))
     clean, corrupt = torch.cat([ends for _, ends in parts]).mean(0).tolist()
-    mean, stderr = _moments(torch.cat([effects for effects, _ in parts]).double())
+    mean, stderr = _moments(torch.cat([effects for effects, _ in parts]).cpu().double())
     rows, names = _labels(site, places, per_position, width)
     shape = (len(rows), len(names))
     return NodeScores(mean.reshape(shape), stderr.reshape(shape), rows, names, clean, corrupt, n_examples=len(task))

@@ -114,9 +114,9 @@ class Attention(nn.Module):
 
 def _rotate(x: Float[Tensor, "batch pos head d_head"], rotary_dim: int) -> Float[Tensor, "batch pos head d_head"]:
     """Rotary positions on adjacent pairs (the layout of the source model, before any permutation)."""
-    half = torch.arange(0, rotary_dim, 2, device=x.device, dtype=torch.float64)
-    angle = torch.arange(x.shape[1], device=x.device)[:, None] * 10000.0 ** (-half / rotary_dim)
-    cos, sin = (f(angle)[:, None, :].to(x.dtype) for f in (torch.cos, torch.sin))
+    half = torch.arange(0, rotary_dim, 2, dtype=torch.float64)
+    angle = torch.arange(x.shape[1])[:, None] * 10000.0 ** (-half / rotary_dim)
+    cos, sin = (f(angle)[:, None, :].to(x) for f in (torch.cos, torch.sin))
     even, odd = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     return torch.cat((turned, x[..., rotary_dim:]), -1)
