@@ -73,7 +73,13 @@ class Scores:
         return self._cut(select.largest_connected(order, n, self.graph.mask, self.graph.feeds))
 
     def threshold(self, t: float, *, absolute: bool = True) -> Circuit:
-        """The circuit of the edges whose score (or magnitude) is at least ``t``, dangling ones pruned."""
+        """The circuit of the edges whose score (or magnitude) is at least ``t``, dangling ones pruned.
+
+        Raises:
+            OptionError: if t is not a number.
+        """
+        if not isinstance(t, int | float) or math.isnan(t):
+            raise OptionError(f"got t = {t!r}, expected a number")
         strength = self.values.abs() if absolute else self.values
         return self._cut(select.prune_dangling((strength >= t) & self.graph.mask, self.graph.feeds))
 
@@ -118,8 +124,10 @@ class Scores:
         return Circuit(self.graph, src, dst, self.values[src, dst], stderr, scores=self)
 
     def _check_size(self, n: int) -> None:
-        if not 1 <= n <= self.graph.n_edges:
-            raise OptionError(f"got n = {n}, expected between 1 and the {self.graph.n_edges} possible edges")
+        if type(n) is not int or not 1 <= n <= self.graph.n_edges:
+            raise OptionError(
+                f"got n = {n!r}, expected a whole number between 1 and the {self.graph.n_edges} possible edges"
+            )
 
     def __repr__(self) -> str:
         return f"Scores({self.method}, {self.graph.n_edges} edges, {self.n_examples} examples)"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+LEAST_EXAMPLES = 8
 SITE_WORDS = {"resid": "residual stream", "head": "head output", "pattern": "attention pattern", "mlp": "MLP output"}
 
 
@@ -152,16 +153,23 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """In words: ``better than chance``, or ``no better than chance`` and why.
+        """In words: ``better than chance``, ``no better than chance`` and why, or ``not known`` and why.
 
-        The reasons, in order: corrupting the input does not lower the metric (its 95 % interval reaches zero), or the
-        interval of the circuit's faithfulness reaches down to a random circuit's.
+        The reasons, in order: corrupting the input changes nothing or does not lower the metric (its 95 % interval
+        reaches zero); the circuit is empty; the interval of its faithfulness reaches down to a random circuit's. With
+        fewer than `LEAST_EXAMPLES` examples, or with no other circuit of that size, it says ``not known``, and why.
         """
-        if self.faithfulness is None or self.faithfulness_interval is None:
+        if self.faithfulness is None:
             return "no better than chance: corrupting the input changes nothing, so faithfulness is undefined"
+        if self.n_edges == 0:
+            return "no better than chance: the circuit is empty; ask for more edges"
+        if self.faithfulness_interval is None or self.n_examples < LEAST_EXAMPLES:
+            return f"not known: {self.n_examples} examples are too few for an interval; use {LEAST_EXAMPLES} or more"
         if self.gap_interval is not None and self.gap_interval[0] <= 0:
             return "no better than chance: corrupting the input does not lower the metric, so there is no behaviour"
-        if self.random_interval is not None and self.faithfulness_interval[0] <= self.random_interval[1]:
+        if self.random_interval is None:
+            return "not known: there is no other circuit of this size to compare with"
+        if self.faithfulness_interval[0] <= self.random_interval[1]:
             return "no better than chance: a random circuit of the same size does as well"
         return "better than chance"
 

@@ -1,5 +1,7 @@
 """What is known about models that others trained or compiled must come out."""
 
+import json
+
 import pytest
 import torch
 
@@ -108,3 +110,22 @@ def test_the_story_model_shows_no_induction():
     model = ck.load("stories260k")
     result = ck.find(model, ck.task("induction", model, n=48), method="eap-ig", edges=50, progress=False).result
     assert not result.better_than_chance
+
+
+def test_kl_is_refused_by_eap_and_works_along_a_path_on_the_story_model():
+    model = ck.load("stories260k")
+    task = ck.task("gender-pronoun", model, n=8).with_metric("kl")
+    with pytest.raises(MetricError, match="zero by definition"):
+        ck.score(model, task, "eap", progress=False)
+    assert float(ck.score(model, task, "eap-ig", progress=False).values.max()) > 0.1
+
+
+def test_the_exchange_formats_hold_a_grouped_query_circuit(tmp_path):
+    model = ck.load("stories260k")
+    circuit = ck.find(model, ck.task("gender-pronoun", model, n=8), method="eap", edges=100, progress=False)
+    for suffix in ("eap-ig.json", "graphml", "gexf", "dot", "cyjs", "json"):
+        ck.export(circuit, tmp_path / f"circuit.{suffix}")
+        assert (tmp_path / f"circuit.{suffix}").stat().st_size > 1000
+    data = json.loads((tmp_path / "circuit.eap-ig.json").read_text())
+    assert data["cfg"] == {"n_layers": 5, "n_heads": 8, "parallel_attn_mlp": False, "d_model": 64}
+    assert "m2->a4.h2<v>" in data["edges"] and "m2->a4.h3<v>" in data["edges"]

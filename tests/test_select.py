@@ -113,12 +113,17 @@ def test_thresholds_count_magnitudes_or_signs():
         assert len(circuit) and float(strength.min()) >= 0.5
 
 
-@pytest.mark.parametrize("n", [0, -1, 10**6])
+@pytest.mark.parametrize("n", [0, -1, 10**6, 2.5, "a", True])
 def test_sizes_out_of_range_are_refused(n):
     scores = random_scores(transformer_graph(1, 1, 1), 0)
     for cut in (scores.top, scores.grow):
-        with pytest.raises(OptionError, match="expected between 1 and"):
+        with pytest.raises(OptionError, match="expected a whole number between 1 and"):
             cut(n)
+
+
+def test_a_threshold_that_is_no_number_is_refused():
+    with pytest.raises(OptionError, match="expected a number"):
+        random_scores(transformer_graph(1, 1, 1), 0).threshold(float("nan"))
 
 
 @pytest.mark.parametrize(

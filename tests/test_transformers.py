@@ -9,6 +9,7 @@ import torch
 import circuitkit as ck
 from circuitkit.errors import UnknownName, UnsupportedModel
 from circuitkit.evaluation.faithfulness import circuit_metrics
+from circuitkit.methods.base import corrupt_writes
 from circuitkit.methods.plan import Plan
 from tests.families import build, every_family
 from tests.toys import random_task
@@ -174,3 +175,37 @@ def test_a_planted_fault_in_the_pull_back_fails_the_law_of_gradients(monkeypatch
     monkeypatch.setattr(Norm, "fold", lambda self, g: g)
     with pytest.raises(UnsupportedModel, match="law of gradients"):
         model.check()
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Gemma3", "GPT2"])
+@pytest.mark.parametrize("value", ["mean", "position-mean"])
+def test_mean_values_are_means_of_what_is_written(family, value):
+    """Also behind a post-norm, where the write is not linear in the heads' output."""
+    model = ck.load(build(family, seed=2))
+    task = random_task(model, n=4, lengths=torch.tensor([6, 4, 6, 5]))
+    batch = task.batches[0]
+    run = model.record(batch.clean)
+    carried = corrupt_writes(model, task, Plan(progress=False), value)(run)
+    for site, written, mean in zip(model.wiring.write_sites, run.writes, carried, strict=True):
+        writes, got = site.expand(written), site.expand(mean)
+        rows = [writes[:, i, : int(n)] for i, n in enumerate(batch.lengths)]
+        if value == "mean":
+            want = torch.cat(rows, 1).mean(1)[:, None].expand_as(got[:, 0])
+        else:
+            want = torch.stack([torch.stack([r[:, p] for r in rows if p < r.shape[1]]).mean(0) for p in range(6)], 1)
+        torch.testing.assert_close(got[:, 0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_architectures_that_cannot_be_wired_are_refused_by_name():
+    import transformers
+
+    opt = transformers.OPTConfig(
+        vocab_size=50, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, word_embed_proj_dim=32,
+    )  # fmt: skip
+    bloom = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)
+    for config, name in ((opt, "OPTForCausalLM"), (bloom, "BloomForCausalLM")):
+        with torch.random.fork_rng():
+            module = getattr(transformers, name)(config).eval()
+        with pytest.raises(UnsupportedModel):
+            ck.load(module)

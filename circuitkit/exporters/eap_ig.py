@@ -100,7 +100,7 @@ def ungrouped_edges(graph: Graph) -> Iterator[tuple[int, int, str, float]]:
 def _config(circuit: Circuit) -> dict[str, Any]:
     graph = circuit.graph
     nodes = (*graph.source_nodes, *graph.destination_nodes)
-    strangers = sorted({node.kind for node in nodes} - {"input", "head", "mlp", "logits"})
+    strangers = sorted({node.kind for node in nodes} - {"input", "head", "kv", "mlp", "logits"})
     layers = [node.layer for node in graph.source_nodes if node.kind == "head"]
     if strangers or not layers:
         what = f"nodes of kind {', '.join(strangers)}" if strangers else "no attention heads"

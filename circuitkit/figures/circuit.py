@@ -56,7 +56,7 @@ def circuit_figure(circuit: Circuit, *, most: int = MOST_EDGES) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         title={
-            "text": f"{html.escape(first)}<br><sup>{html.escape(second)}</sup>",
+            "text": f"{html.escape(first, quote=False)}<br><sup>{html.escape(second, quote=False)}</sup>",
             "x": 0.02,
             "xanchor": "left",
         },
@@ -135,7 +135,7 @@ def _add_boxes(figure: go.Figure, drawing: Drawing) -> None:
                     "line": {"color": PALETTE["muted"], "width": 1},
                     "opacity": 1,
                 },
-                text=[html.escape(visible(box.name)) for _, box in members],
+                text=[html.escape(visible(box.name), quote=False) for _, box in members],
                 textfont={"size": 9 if crowded else 11, "color": PALETTE["text"]},
                 hovertext=[_box_text(drawing, i) for i, _ in members],
                 hovertemplate="%{hovertext}<extra></extra>",
@@ -197,7 +197,7 @@ def _at(drawing: Drawing, curve: Curve, t: float) -> tuple[float, float]:
 def _edge_text(curve: Curve) -> str:
     error = f" ± {curve.stderr:.2g}" if math.isfinite(curve.stderr) else ""
     source, _, _ = curve.name.partition("->")
-    arrow = f"{html.escape(visible(source))} → {html.escape(visible(curve.reader))}"
+    arrow = f"{html.escape(visible(source), quote=False)} → {html.escape(visible(curve.reader), quote=False)}"
     return f"<b>{arrow}</b><br>score {curve.score:+.4g}{error}"
 
 
@@ -205,7 +205,7 @@ def _box_text(drawing: Drawing, number: int) -> str:
     box = drawing.boxes[number]
     into = [curve.score for curve in drawing.curves if curve.target == number]
     out = [curve.score for curve in drawing.curves if curve.source == number]
-    lines = [f"<b>{html.escape(visible(box.name))}</b>", KIND_NAMES.get(box.kind, box.kind)]
+    lines = [f"<b>{html.escape(visible(box.name), quote=False)}</b>", KIND_NAMES.get(box.kind, box.kind)]
     for way, scores in (("in", into), ("out", out)):
         if scores:
             lines.append(f"{len(scores)} {way}, scores sum to {sum(scores):+.4g}")

@@ -116,7 +116,7 @@ def _dress(figure: go.Figure, result: Result) -> None:
         template="plotly_white",
         font={"color": PALETTE["text"]},
         title={
-            "text": f"{html.escape(first)}<br><sup>{html.escape(second)}</sup>",
+            "text": f"{html.escape(first, quote=False)}<br><sup>{html.escape(second, quote=False)}</sup>",
             "x": 0.02,
             "xanchor": "left",
         },

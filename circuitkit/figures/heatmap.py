@@ -72,7 +72,7 @@ def _grid(
 ) -> go.Figure:
     import plotly.graph_objects as go
 
-    down, across = ([html.escape(visible(str(label))) for label in labels] for labels in (rows, columns))
+    down, across = ([html.escape(visible(str(label)), quote=False) for label in labels] for labels in (rows, columns))
     magnitudes = np.abs(values[np.isfinite(values)])
     largest = float(np.quantile(magnitudes, SATURATION)) if magnitudes.size else 0.0
     largest = largest or float(magnitudes.max(initial=0.0)) or 1.0
@@ -115,5 +115,7 @@ def _ticks(labels: list[str], most: int) -> dict[str, object]:
 
 
 def _title(first: str, second: str) -> dict[str, object]:
-    text = html.escape(visible(first)) + (f"<br><sup>{html.escape(second)}</sup>" if second else "")
+    text = html.escape(visible(first), quote=False) + (
+        f"<br><sup>{html.escape(second, quote=False)}</sup>" if second else ""
+    )
     return {"text": text, "x": 0.02, "xanchor": "left"}

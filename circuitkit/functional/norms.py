@@ -3,7 +3,7 @@
 With y = weight * x_hat + bias, x_hat = (x - mean) / sigma (layer) or x / sigma (rms), and P removing the mean:
 
     J^T g = (1 / sigma) * (P (weight * g) - x_hat * <x_hat, weight * g> / d)         pull a gradient back to x
-    part(a) = weight * P a / sigma                                                  what a adds to y at a given sigma
+    part(a / sigma) = weight * P a / sigma                                          what an addend a of x adds to y
 """
 
 from __future__ import annotations
@@ -69,12 +69,9 @@ class Norm:
         g = self._scaled(gradient)
         return g - g.mean(-1, keepdim=True) if self.center else g
 
-    def part(
-        self, addend: Float[Tensor, "*batch d"], inverse_sigma: Float[Tensor, "*batch 1"]
-    ) -> Float[Tensor, "*batch d"]:
-        """What an addend of the input contributes to the output at the run's own scale; parts add up to the output."""
-        addend = addend - addend.mean(-1, keepdim=True) if self.center else addend
-        return self._scaled(addend * inverse_sigma)
+    def part(self, addend: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """weight * P a: what an addend of x, given times 1 / sigma, adds to the output; parts add up to the output."""
+        return self._scaled(addend - addend.mean(-1, keepdim=True) if self.center else addend)
 
     def _scaled(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         if self.weight is None:

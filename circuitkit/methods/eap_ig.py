@@ -37,7 +37,7 @@ def eap_ig(
     Raises:
         OptionError: if steps is less than 1 or the rule is unknown.
     """
-    if not isinstance(steps, int) or steps < 1:
+    if type(steps) is not int or steps < 1:
         raise OptionError(f"got steps = {steps!r}, expected a whole number of at least 1 (5 is usual)")
     if rule not in QUADRATURES:
         raise OptionError(f"got rule = {rule!r}, expected one of {', '.join(QUADRATURES)}")

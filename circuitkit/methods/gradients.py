@@ -17,6 +17,7 @@ from torch import Tensor
 from circuitkit.circuit import Scores
 from circuitkit.errors import MetricError
 from circuitkit.functional.attribution import edge_scores
+from circuitkit.functional.norms import at_least_float32
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.base import (
     CorruptWrites,
@@ -47,24 +48,26 @@ def path_scores(
         )
     corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
     at_once = max(1, min(len(alphas), plan.rows(backward_bytes(model, task.batches[0]), model.device)))
-    moments, slope, moved = Moments(), 0.0, False
+    if alphas == [1.0] and "reference" in task.metric.needs:
+        raise MetricError(
+            f"the gradient of {task.metric.name!r} at the clean run is zero by definition: it compares with that run; "
+            "use 'eap-ig', 'exact', or another metric"
+        )
+    moments = Moments()
 
     def size(batch: Batch) -> float:
         return matrix_bytes(model, batch) + at_once * backward_bytes(model, batch)
 
-    def one_chunk(batch: Batch, plan: Plan) -> tuple[Tensor, float, bool]:
+    def one_chunk(batch: Batch, plan: Plan) -> Tensor:
         steps = min(at_once, plan.rows(backward_bytes(model, batch), model.device))
         return _chunk_scores(model, task, batch, corrupt_of, alphas, weights, steps)
 
-    for scores, steepest, differs in plan.over(task, model.device, "edge scores", size, one_chunk):
-        moments.add(scores)
-        slope, moved = max(slope, steepest), moved or differs
-    if moved and slope < 1e-6:
-        raise MetricError(
-            f"the gradient of {task.metric.name!r} is zero at the points where it was taken (KL and squared "
-            "errors are flat at the clean run); use 'eap-ig', 'exact', or another metric"
-        )
-    return finished(model, moments)
+    for chunk in plan.over(task, model.device, "edge scores", size, one_chunk):
+        moments.add(chunk)
+    scores = finished(model, moments)
+    if alphas == [1.0]:
+        _refuse_flat(model, task, plan, scores, corrupt_of)
+    return scores
 
 
 def _chunk_scores(
@@ -75,12 +78,11 @@ def _chunk_scores(
     alphas: list[float],
     weights: list[float],
     at_once: int,
-) -> tuple[Float[Tensor, "batch src dst"], float, bool]:
-    """Scores of a chunk of examples, the steepest slope at the logits, and whether clean and corrupt differ at all."""
+) -> Float[Tensor, "batch src dst"]:
     run, corrupt, clean = _ends(model, task, batch, corrupt_of, alphas)
     batch = with_reference(model, task, batch, run)
     begin, end = corrupt[0].flatten(2), clean[0].flatten(2)
-    delta, scores, slope = None, torch.empty(0), 0.0
+    delta, scores = None, torch.empty(0)
     for first in range(0, len(alphas), at_once):
         part = slice(first, first + at_once)
         x = torch.stack([begin + alpha * (end - begin) for alpha in alphas[part]])
@@ -92,9 +94,28 @@ def _chunk_scores(
         for columns, gradient in groups:
             n = int(model.graph.mask[:, columns].any(1).nonzero().max()) + 1
             scores[:, :n, columns] += edge_scores(delta[:n], gradient)
-            if columns.stop == len(model.graph.destinations):
-                slope = max(slope, float(gradient.abs().max()))
-    return scores, slope, bool((end != begin).any())
+    return scores
+
+
+def _refuse_flat(model: Model, task: Task, plan: Plan, scores: Scores, corrupt_of: CorruptWrites) -> None:
+    """Refuse scores whose sizes are rounding: a first-order effect far below the metric's own change.
+
+    Only looked into when the scores are small, on one example: metrics have no natural scale.
+    """
+    largest = float(scores.values.abs().max())
+    if largest > 1e-3:
+        return
+    batch = task.batches[0].rows(slice(0, 1)).to(model.device)
+    run, corrupt = clean_and_corrupt(model, batch, corrupt_of)
+    delta = model.wiring.expand_difference(run.writes, corrupt)
+    last = at_least_float32(run.inputs[-1])
+    ends = (model.logits(x.to(run.inputs[-1].dtype), batch.positions) for x in (last, last - delta.sum(0)))
+    clean, removed = (task.metric(logits, batch) for logits in ends)
+    if largest < 1e-4 * float((clean - removed).abs().max()):
+        raise MetricError(
+            f"the gradient of {task.metric.name!r} is zero at the clean run (squared errors are flat there); "
+            "use 'eap-ig', 'exact', or another metric"
+        )
 
 
 def _ends(
@@ -105,7 +126,7 @@ def _ends(
     Where the gradient itself is taken at the clean end, that pass also shows what is written there: only the input's
     write is needed beforehand, and a forward pass is saved.
     """
-    if corrupt_of is None and alphas == [1.0] and "reference" not in task.metric.needs:
+    if corrupt_of is None and alphas == [1.0]:
         run = model.record(batch.corrupt)
         return run, run.writes, (model.start(batch.clean)[:, :, None],)
     run, corrupt = clean_and_corrupt(model, batch, corrupt_of)

@@ -34,7 +34,7 @@ class Plan:
     @classmethod
     def of(cls, batch_size: int | str, budget: int | str | None, progress: bool, seed: int) -> Plan:
         """A checked plan; a budget may be written ``"4GiB"``. Raises OptionError."""
-        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        if batch_size != "auto" and (type(batch_size) is not int or batch_size < 1):
             raise OptionError(f"got batch_size = {batch_size!r}, expected 'auto' or a whole number of at least 1")
         return cls(batch_size, parse_bytes(budget), progress, seed)
 
@@ -122,7 +122,7 @@ def parse_bytes(budget: int | str | None) -> int | None:
                 value = float(text.removesuffix(unit)) * factor
             except ValueError:
                 break
-            if value >= 1:
+            if 1 <= value < float("inf"):
                 return int(value)
             break
     raise OptionError(f"got budget = {budget!r}, expected bytes such as 536870912, '512MiB' or '4GiB'")

@@ -65,7 +65,7 @@ def reader_gradients(
     found = {site: (seen[site.port], seen[site.stream]) for site in sites} | {final: (last, last)}
     slopes = dict(zip(found, gradients, strict=True))
     writes = tuple(
-        written[i].detach()[-batch:].reshape(batch, x.shape[2], site.n, -1)
+        site.kept(written[i].detach()[-batch:].reshape(batch, x.shape[2], site.n, -1))
         for i, site in enumerate(model.wiring.write_sites)
     )
     return writes, _pulled(found, slopes, (steps, batch, x.shape[2]))
@@ -134,7 +134,7 @@ def run_circuits(
 
     def note(i: int, tensor: Tensor) -> None:
         site = wiring.write_sites[i]
-        current = tensor.reshape(n * batch, x.shape[1], site.n, -1)
+        current = site.kept(tensor.reshape(n * batch, x.shape[1], site.n, -1))
         other = corrupt[i].repeat(n, 1, 1, 1)
         site.difference(other, current, out=gaps[site.rows])
 

@@ -35,7 +35,7 @@ class Run:
         batch: number of examples.
         calls: arguments of each block besides the stream.
         inputs: the stream before each block, and after the last.
-        writes: the tensor of each write site, ``[batch, pos, node, width]``.
+        writes: the tensor of each write site, as `WriteSite.kept` gives it.
     """
 
     batch: int
@@ -139,7 +139,7 @@ class Model:
         writes[0] = inputs[0]
         _check_finite(inputs)
         shaped = (
-            writes[i].detach().reshape(*writes[i].shape[:2], site.n, -1)
+            site.kept(writes[i].detach().reshape(*writes[i].shape[:2], site.n, -1))
             for i, site in enumerate(self.wiring.write_sites)
         )
         return Run(len(tokens), tuple(calls), tuple(inputs), tuple(shaped))

@@ -28,8 +28,13 @@ def check_laws(model: Model) -> None:
     Raises:
         UnsupportedModel: naming the law, the place and the relative gap.
     """
-    with torch.no_grad(), quiet(model.module):
-        _check(model)
+    try:
+        with torch.no_grad(), quiet(model.module):
+            _check(model)
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedModel(
+            f"the blocks of {model.name} cannot be replayed ({type(error).__name__}: {error}); its wiring is not known"
+        ) from error
 
 
 def _check(model: Model) -> None:

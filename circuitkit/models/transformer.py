@@ -121,7 +121,13 @@ def bridge_model(bridge: Any, *, name: str | None = None, **about: Any) -> Model
                 f"layer {i} of {cfg.architecture} has no separate {', '.join(missing) or 'mlp'}; "
                 "only attention and MLP blocks are wired"
             )
-    wiring = _wire(bridge)
+    try:
+        wiring = _wire(bridge)
+    except (KeyError, RuntimeError, AttributeError, TypeError) as error:
+        raise UnsupportedModel(
+            f"{cfg.architecture} has parts that could not be found or do not fit ({type(error).__name__}: {error}); "
+            "its wiring is not known"
+        ) from error
     about.setdefault("tokenizer", getattr(bridge, "tokenizer", None))
     return Model(
         bridge, wiring, forward=_call, name=name or cfg.model_name or cfg.architecture,

@@ -53,17 +53,26 @@ class WriteSite:
         """The writers' rows in the edge matrix."""
         return slice(self.first, self.first + self.n)
 
+    def kept(self, values: Float[Tensor, "batch pos node width"]) -> Float[Tensor, "batch pos node width"]:
+        """The tensor as runs keep it: before a post-norm it is multiplied by the run's 1 / sigma.
+
+        So what is kept expands linearly, and the expansion of a mean is the mean of the writes.
+        """
+        if self.post_norm is None or self.weight is None:
+            return values
+        values = at_least_float32(values)
+        total = values.flatten(2) @ self.weight.to(values.dtype).flatten(0, 1)
+        total = total if self.bias is None else total + self.bias.to(total.dtype)
+        return values * self.post_norm.statistics(total)[1][..., None]
+
     def expand(self, values: Float[Tensor, "batch pos node width"]) -> Float[Tensor, "node batch pos d"]:
-        """What each writer adds to the stream, a post-norm's scale of this run included."""
+        """What each writer adds to the stream, from what `kept` gave."""
         values = at_least_float32(values)
         if self.weight is None:
             return values.movedim(2, 0)
         nodes = values.flatten(0, 1).transpose(0, 1) @ self.weight.to(values.dtype)
         writes = nodes.unflatten(1, values.shape[:2])
-        if self.post_norm is None:
-            return writes
-        total = writes.sum(0) if self.bias is None else writes.sum(0) + self.bias.to(writes.dtype)
-        return self.post_norm.part(writes, self.post_norm.statistics(total)[1])
+        return writes if self.post_norm is None else self.post_norm.part(writes)
 
     def difference(
         self,
@@ -71,15 +80,15 @@ class WriteSite:
         others: Float[Tensor, "batch pos node width"],
         out: Float[Tensor, "node batch pos d"],
     ) -> None:
-        """Write expand(values) - expand(others) into ``out``, with one product where the map is linear."""
+        """Write expand(values) - expand(others) into ``out``, with one product."""
         values, others = at_least_float32(values), at_least_float32(others)
-        if self.post_norm is not None:
-            torch.sub(self.expand(values), self.expand(others), out=out)
-        elif self.weight is None:
+        if self.weight is None:
             torch.sub(values.movedim(2, 0), others.movedim(2, 0), out=out)
-        else:
-            nodes = (values - others).flatten(0, 1).transpose(0, 1)
-            torch.bmm(nodes, self.weight.to(values.dtype), out=out.flatten(1, 2))
+            return
+        nodes = (values - others).flatten(0, 1).transpose(0, 1)
+        torch.bmm(nodes, self.weight.to(values.dtype), out=out.flatten(1, 2))
+        if self.post_norm is not None:
+            out.copy_(self.post_norm.part(out))
 
 
 @dataclass(frozen=True, eq=False)

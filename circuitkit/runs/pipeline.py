@@ -92,6 +92,8 @@ def _where_from(model: Model, task: Task, scores: Scores) -> dict[str, Any]:
         "metric": task.metric.name,
         "method": scores.method,
         "options": dict(scores.options),
+        "signed": scores.signed,
+        "d_model": model.wiring.width,
         "versions": versions(),
         "model_sha256": model_sha256(model.module),
         "data_sha256": data_sha256(task),

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from circuitkit.circuit import Circuit, Scores
 from circuitkit.errors import GraphError
-from circuitkit.evaluation.curve import MIB_FRACTIONS
+from circuitkit.evaluation.curve import MIB_FRACTIONS, curve_circuits
 from circuitkit.evaluation.faithfulness import circuit_metrics, evaluate
+from circuitkit.functional.select import prune_dangling
 from circuitkit.functional.stats import auroc, bootstrap_ratio, trapezoid
 from circuitkit.methods.base import score
 from circuitkit.methods.plan import Plan
+from circuitkit.models.wiring import transformer_graph
 from tests.oracles.literal import literal_circuit
 from tests.toys import SHAPES, random_model, random_task
 
@@ -89,6 +91,30 @@ def test_curve_follows_mibs_sizes_and_areas():
     assert signed[-1].faithfulness == pytest.approx(1, abs=1e-6)
     assert result.cpr == pytest.approx(trapezoid([p.faithfulness for p in signed], [p.fraction for p in signed]))
     assert all(p.n_edges <= p.fraction * model.graph.n_edges for p in result.curve_points)
+
+
+def test_the_curve_takes_mibs_numbers_of_edges():
+    """Of 1,701 edges: 1, 3, 8, 17, 34, 85, 170, 340, 850 and all, taken from the ranking and then pruned."""
+    graph = transformer_graph(5, 8, 4)
+    assert graph.n_edges == 1701
+    scores = Scores(torch.rand(graph.mask.shape, generator=torch.Generator().manual_seed(0)) * graph.mask, graph, "r")
+    ranked = sorted(graph.mask.nonzero().tolist(), key=lambda e: -float(scores.values[e[0], e[1]]))
+    sizes = curve_circuits(scores)[: len(MIB_FRACTIONS)]
+    for size, n in zip(sizes, [1, 3, 8, 17, 34, 85, 170, 340, 850, 1701], strict=True):
+        chosen = torch.zeros_like(graph.mask)
+        for u, v in ranked[:n]:
+            chosen[u, v] = True
+        assert torch.equal(size.mask, prune_dangling(chosen, graph.feeds))
+
+
+@pytest.mark.parametrize(("edges", "n", "reason"), [(0, 12, "empty"), (20, 4, "too few"), (-1, 12, "no other circuit")])
+def test_no_verdict_without_grounds(edges, n, reason):
+    model = random_model(seed=3)
+    task = random_task(model, n=n, metric="cross-entropy")
+    scores = score(model, task, "exact", progress=False)
+    circuit = scores.threshold(1e9) if edges == 0 else scores.top(edges if edges > 0 else model.graph.n_edges)
+    result = replace(evaluate(model, task, circuit, progress=False), gap_interval=(0.1, 0.2))
+    assert reason in result.verdict and not result.better_than_chance
 
 
 def test_random_rankings_have_a_quarter_of_the_area():
