@@ -56,16 +56,18 @@ def random_pairs(model, n, length, vocab):
     return ck.Task.from_tokens(clean, corrupt, right, wrong + vocab // 2, vocab=model)
 
 
-def best(function, repeats, device):
-    times = []
+def best(functions, repeats, device):
+    """Shortest time of each function, measured in turns so that a slow minute of the machine hits all alike."""
+    times = {name: [] for name in functions}
     for _ in range(repeats):
-        gc.collect()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for name, function in functions.items():
+            gc.collect()
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: min(seconds) for name, seconds in times.items()}
 
 
 def floor(module, tokens, metric):
@@ -177,7 +179,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--length", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--edges", type=int, default=300)
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -203,23 +205,26 @@ def main():
         )
         for name, options in (("eap", {}), ("eap-ig", {"steps": 5}))
     }
-    forward(), both()
-    f, fb = best(forward, args.repeats, args.device), best(both, args.repeats, args.device)
+    calls = {
+        "forward": forward,
+        "both": both,
+        "eap": lambda: ck.score(model, task, "eap", progress=False),
+        "eap-ig": lambda: ck.score(model, task, "eap-ig", steps=5, progress=False),
+    }
+    times = best(calls, args.repeats, args.device)
+    f, fb = times["forward"], times["both"]
     record |= {"forward_s": f, "forward_backward_s": fb, "floor_s": f + fb}
-
-    def run(name, task=task, **options):
-        return lambda: ck.score(model, task, name, progress=False, **options)
-
-    for name, options, unit in (("eap", {}, f + fb), ("eap-ig", {"steps": 5}, f + 5 * fb)):
-        call = run(name, **options)
-        call()
-        seconds = best(call, args.repeats, args.device)
+    for name, unit in (("eap", f + fb), ("eap-ig", f + 5 * fb)):
         record[name] = {
-            "seconds": seconds, "floor_s": unit, "ratio": seconds / unit, "peak_extra_bytes": peaks[name],
-        }  # fmt: skip
+            "seconds": times[name],
+            "floor_s": unit,
+            "ratio": times[name] / unit,
+            "peak_extra_bytes": peaks[name],
+        }
     for factor in (2, 4):
         larger = random_pairs(model, factor * args.pairs, args.length, config.vocab_size)
-        seconds = best(run("eap", larger), max(1, args.repeats // 2), args.device)
+        call = {"eap": lambda larger=larger: ck.score(model, larger, "eap", progress=False)}
+        seconds = best(call, max(1, args.repeats // 2), args.device)["eap"]
         record["eap"][f"seconds_per_pair_x{factor}"] = seconds / (factor * args.pairs)
     record["eap"]["seconds_per_pair_x1"] = record["eap"]["seconds"] / args.pairs
     if args.edges:

@@ -23,7 +23,7 @@ from circuitkit.functional.stats import auroc, bootstrap_mean, bootstrap_ratio
 from circuitkit.methods.base import check_task, clean_and_corrupt, corrupt_writes, matrix_bytes, with_reference
 from circuitkit.methods.plan import Plan
 from circuitkit.models.edits import run_circuits
-from circuitkit.models.hooked import Model, quiet
+from circuitkit.models.hooked import Model
 from circuitkit.tasks.base import Batch, Task
 
 N_RANDOM = 20
@@ -105,7 +105,7 @@ def circuit_metrics(
     model: Model, task: Task, masks: Bool[Tensor, "circuit src dst"], *, plan: Plan, corrupt_value: str
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "circuit batch"]]:
     """The metric of every example for the whole model and for each circuit; circuits are stacked on the batch axis."""
-    with torch.no_grad(), quiet(model.module), plan.bar(len(task) * len(masks), "circuits") as bar:
+    with torch.no_grad(), model.quiet(), plan.bar(len(task) * len(masks), "circuits") as bar:
         corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
 
         def one_chunk(batch: Batch, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from circuitkit.errors import MetricError, OptionError, TaskError
 from circuitkit.functional.ablation import check_corrupt_value, task_mean
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.plan import Plan
-from circuitkit.models.hooked import Model, Run, quiet
+from circuitkit.models.hooked import Model, Run
 from circuitkit.registry import Registry
 from circuitkit.tasks.base import Batch, Task
 
@@ -82,7 +82,7 @@ def score(
     check_task(model, task)
     plan = Plan.of(batch_size, budget, progress, seed)
     start = time.perf_counter()
-    with torch.no_grad(), quiet(model.module):
+    with torch.no_grad(), model.quiet():
         scores = function(model, task, plan=plan, **options)
     if scores.values.isinf().any() or (function.level == "edge" and scores.values.isnan().any()):
         raise MetricError(

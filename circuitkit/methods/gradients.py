@@ -31,6 +31,7 @@ from circuitkit.methods.base import (
 from circuitkit.methods.plan import Plan
 from circuitkit.models.edits import reader_gradients
 from circuitkit.models.hooked import Model, Run
+from circuitkit.shapes import Stream
 from circuitkit.tasks.base import Batch, Task
 
 
@@ -64,10 +65,7 @@ def path_scores(
 
     for chunk in plan.over(task, model.device, "edge scores", size, one_chunk):
         moments.add(chunk)
-    scores = finished(model, moments)
-    if alphas == [1.0]:
-        _refuse_flat(model, task, plan, scores, corrupt_of)
-    return scores
+    return finished(model, moments)
 
 
 def _chunk_scores(
@@ -94,24 +92,27 @@ def _chunk_scores(
         for columns, gradient in groups:
             n = int(model.graph.mask[:, columns].any(1).nonzero().max()) + 1
             scores[:, :n, columns] += edge_scores(delta[:n], gradient)
+    if alphas == [1.0] and delta is not None:
+        _refuse_flat(model, task, batch, scores, run.inputs[-1], delta, last_is_clean=len(clean) > 1)
     return scores
 
 
-def _refuse_flat(model: Model, task: Task, plan: Plan, scores: Scores, corrupt_of: CorruptWrites) -> None:
+def _refuse_flat(
+    model: Model, task: Task, batch: Batch, scores: Tensor, last: Stream, delta: Tensor, *, last_is_clean: bool
+) -> None:
     """Refuse scores whose sizes are rounding: a first-order effect far below the metric's own change.
 
-    Only looked into when the scores are small, on one example: metrics have no natural scale.
+    Metrics have no natural scale, so the change is measured; on one example, and only where scores are small.
     """
-    largest = float(scores.values.abs().max())
+    largest = float(scores.abs().max())
     if largest > 1e-3:
         return
-    batch = task.batches[0].rows(slice(0, 1)).to(model.device)
-    run, corrupt = clean_and_corrupt(model, batch, corrupt_of)
-    delta = model.wiring.expand_difference(run.writes, corrupt)
-    last = at_least_float32(run.inputs[-1])
-    ends = (model.logits(x.to(run.inputs[-1].dtype), batch.positions) for x in (last, last - delta.sum(0)))
-    clean, removed = (task.metric(logits, batch) for logits in ends)
-    if largest < 1e-4 * float((clean - removed).abs().max()):
+    one, whole = batch.rows(slice(0, 1)), delta[:, :1].sum(0)
+    here = at_least_float32(last[:1])
+    there = here - whole if last_is_clean else here + whole
+    logits = (model.logits(x.to(last.dtype), one.positions) for x in (here, there))
+    values = [task.metric(x, one) for x in logits]
+    if largest < 1e-4 * float((values[0] - values[1]).abs()):
         raise MetricError(
             f"the gradient of {task.metric.name!r} is zero at the clean run (squared errors are flat there); "
             "use 'eap-ig', 'exact', or another metric"

@@ -16,7 +16,7 @@ from torch import Tensor
 from circuitkit.errors import MetricError
 from circuitkit.functional.attribution import pull_back
 from circuitkit.functional.norms import at_least_float32
-from circuitkit.models.hooked import Hook, Model, Run, keeper, quiet
+from circuitkit.models.hooked import Hook, Model, Run, keeper
 from circuitkit.models.wiring import Port, ReadSite
 from circuitkit.shapes import Logits, Stream
 
@@ -51,7 +51,7 @@ def reader_gradients(
     written: dict[int, Tensor] = {0: x.flatten(0, 1)}
     sites = [site for site in model.wiring.read_sites if site.block < len(model.wiring.blocks)]
     start = x.flatten(0, 1).detach().requires_grad_(True)
-    with quiet(model.module), torch.enable_grad():
+    with model.quiet(), torch.enable_grad():
         hooks: list[Hook] = [(port, keeper(seen, port)) for port in {site.stream for site in sites}]
         hooks += [(site.port, _own_copy(seen, site.port)) for site in sites]
         hooks += [(s.port, keeper(written, i)) for i, s in enumerate(model.wiring.write_sites) if s.block >= 0]

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from circuitkit.errors import UnsupportedModel
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.graph import Graph
+from circuitkit.models.calls import Call, repeat_call, split_call
 from circuitkit.models.wiring import Port, Wiring
 from circuitkit.shapes import Logits, Stream, Tokens
 
 T = TypeVar("T")
 Hook = tuple[Port, Callable[[Tensor], Tensor | None]]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +85,7 @@ class Model:
         self.tokenizer, self.card = tokenizer, card or {}
         self.causal = True
         self._forward = forward
+        self._is_quiet = False
 
     @property
     def graph(self) -> Graph:
@@ -105,6 +106,19 @@ class Model:
         from circuitkit.models.laws import check_laws
 
         check_laws(self)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Evaluation mode and frozen parameters inside, as found afterwards; free when already inside one."""
+        if self._is_quiet:
+            yield
+            return
+        with quiet(self.module):
+            self._is_quiet = True
+            try:
+                yield
+            finally:
+                self._is_quiet = False
 
     def record(self, tokens: Tokens) -> Run:
         """Run the module once and keep what a replay needs.
@@ -130,7 +144,7 @@ class Model:
             if site.block >= 0:
                 hooks.append((site.port, keeper(writes, i)))
         with ExitStack() as stack, torch.no_grad(), suppress(_Stop):
-            stack.enter_context(quiet(self.module))
+            stack.enter_context(self.quiet())
             stack.enter_context(hooked(hooks))
             for block in self.wiring.blocks:
                 handle = block.register_forward_pre_hook(keep_call, with_kwargs=True)
@@ -153,7 +167,7 @@ class Model:
             raise _Stop
 
         with ExitStack() as stack, torch.no_grad(), suppress(_Stop):
-            stack.enter_context(quiet(self.module))
+            stack.enter_context(self.quiet())
             handle = self.wiring.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
             stack.callback(handle.remove)
             self._forward(self.module, tokens.to(self.device))
@@ -170,7 +184,7 @@ class Model:
             hooks: what to look at or replace on the way.
         """
         memo: dict[int, Any] = {}
-        with quiet(self.module), hooked(hooks):
+        with self.quiet(), hooked(hooks):
             for block, call in zip(self.wiring.blocks[start:], run.calls[start:], strict=True):
                 args, kwargs = repeat_call(call, rows, run.batch, memo)
                 out = block(x, *args, **kwargs)
@@ -179,7 +193,7 @@ class Model:
 
     def logits(self, x: Stream, positions: Int[Tensor, "batch answer"]) -> Logits:
         """Logits at the answer positions of a stream that left the last block, in float32 or better."""
-        with quiet(self.module):
+        with self.quiet():
             picked = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
             return at_least_float32(self.wiring.tail(picked))
 
@@ -262,31 +276,3 @@ def quiet(module: nn.Module) -> Iterator[None]:
             m.training = True
         for p in learning:
             p.requires_grad_(True)
-
-
-def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The stream a block was called with, and its other arguments."""
-    if args:
-        return args[0], (args[1:], dict(kwargs))
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), ((), rest)
-
-
-def repeat_call(call: Call, rows: Int[Tensor, " row"], batch: int, memo: dict[int, Any] | None = None) -> Call:
-    """A block's arguments for other rows: tensors that carry the batch first are indexed, the rest kept.
-
-    A tensor of one axis is never per example (positions count along the sequence), nor is one of first size 1.
-    """
-    memo = {} if memo is None else memo
-
-    def repeat(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(repeat(v) for v in value)
-        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != batch or batch == 1:
-            return value
-        if id(value) not in memo:
-            memo[id(value)] = value.index_select(0, rows.to(value.device))
-        return memo[id(value)]
-
-    args, kwargs = call
-    return tuple(repeat(a) for a in args), {k: repeat(v) for k, v in kwargs.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from circuitkit.errors import UnsupportedModel
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.models.edits import reader_gradients, run_circuits
-from circuitkit.models.hooked import Hook, Model, Run, keeper, quiet
+from circuitkit.models.hooked import Hook, Model, Run, keeper
 from circuitkit.models.transformer import probe_tokens
 from circuitkit.models.wiring import Port, ReadSite
 
@@ -29,7 +29,7 @@ def check_laws(model: Model) -> None:
         UnsupportedModel: naming the law, the place and the relative gap.
     """
     try:
-        with torch.no_grad(), quiet(model.module):
+        with torch.no_grad(), model.quiet():
             _check(model)
     except (RuntimeError, TypeError) as error:
         raise UnsupportedModel(
@@ -65,7 +65,7 @@ def _compare(law: str, place: str, got: Tensor, want: Tensor) -> None:
 
 
 def _own_logits(model: Model, tokens: Tensor) -> Tensor:
-    with quiet(model.module):
+    with model.quiet():
         out = model.module(tokens)
     return out if isinstance(out, Tensor) else out.logits
 
@@ -140,7 +140,7 @@ def split_reader_gradient(model: Model, run: Run, site: ReadSite, positions: Ten
         private = at_least_float32(streams[site.stream]) + copies
         return site.read(private).movedim(0, 2).reshape(y.shape).to(y.dtype)
 
-    with quiet(model.module), torch.enable_grad():
+    with model.quiet(), torch.enable_grad():
         if site.block == len(model.wiring.blocks):
             last = model.replay(run, 0, x, rows) + copies[0].to(x.dtype)
         else:
