@@ -226,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(typed, prog_name="circuitkit", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
+        Console(stderr=True).print("circuitkit: stopped; nothing half-done was written")
         return STOPPED
     except Exception as error:
         message = _in_one_line(error)

@@ -35,6 +35,9 @@ def score_heatmap(scores: Scores) -> go.Figure:
     values = np.where(possible, scores.values.detach().double().cpu().numpy(), np.nan)
     shape = f"{scores.graph.n_edges:,} possible edges"
     figure = _grid(values, scores.graph.sources, scores.graph.destinations, "score")
+    ends, largest = float(figure.data[0].zmax), float(np.nanmax(np.abs(values), initial=0.0))
+    if largest > ends:
+        shape += f" · colours end at ±{ends:.3g}, the largest score is {largest:.3g}"
     figure.update_layout(
         title=_title(f"edge scores by {scores.method}", f"{shape} · grey: no such edge"),
         xaxis_title="destination",
