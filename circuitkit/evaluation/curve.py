@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from circuitkit.circuit import CurvePoint, Scores
 from circuitkit.functional import select
@@ -49,7 +50,7 @@ def curve_points(sizes: list[Size], faithfulness: list[float | None]) -> tuple[C
     )
 
 
-def areas(points: tuple[CurvePoint, ...]) -> dict[str, float | None]:
+def areas(points: tuple[CurvePoint, ...]) -> dict[str, Any]:
     """CPR, CMD and the area over log10(k), each None unless every size was measured."""
     signed = [p for p in points if not p.absolute and p.faithfulness is not None]
     absolute = [p for p in points if p.absolute and p.faithfulness is not None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -65,9 +66,7 @@ def evaluate(
     check_task(model, task)
     plan = Plan.of(batch_size, budget, progress, seed)
     scores = circuit.scores if curve else None
-    if corrupt_value is None:
-        options = circuit.scores.options if circuit.scores else circuit.meta.get("options", {})
-        corrupt_value = str(options.get("corrupt_value", "counterfactual"))
+    corrupt_value = corrupt_value or _scored_with(circuit)
     sizes = [] if scores is None else curve_circuits(scores)
     random = random_masks(circuit, seed)
     masks = [torch.zeros_like(circuit.mask), circuit.mask, *random, *(size.mask for size in sizes)]
@@ -75,7 +74,6 @@ def evaluate(
     nothing, kept = values[0], values[1]
     measured, *others = [_ratio(v, nothing, clean) for v in values[1:]]
     points = curve_points(sizes, others[len(random) :])
-    baseline = [f for f in others[: len(random)] if f is not None]
     return Result(
         task=task.name,
         metric=task.metric.name,
@@ -87,8 +85,7 @@ def evaluate(
         faithfulness_interval=(
             None if measured is None else bootstrap_ratio(kept - nothing, clean - nothing, seed=seed)
         ),
-        random_faithfulness=sum(baseline) / len(baseline) if baseline else None,
-        random_interval=(min(baseline), max(baseline)) if baseline else None,
+        **_baseline([f for f in others[: len(random)] if f is not None]),
         n_edges=len(circuit),
         n_possible=model.graph.n_edges,
         n_examples=len(task),
@@ -99,6 +96,19 @@ def evaluate(
         seconds=round(time.perf_counter() - start, 3),
         seed=seed,
     )
+
+
+def _scored_with(circuit: Circuit) -> str:
+    """What removed edges carried when the circuit was found."""
+    options = circuit.scores.options if circuit.scores else circuit.meta.get("options", {})
+    return str(options.get("corrupt_value", "counterfactual"))
+
+
+def _baseline(random: list[float]) -> dict[str, Any]:
+    """Mean and range of the random circuits' faithfulness, None where there are none."""
+    if not random:
+        return {"random_faithfulness": None, "random_interval": None}
+    return {"random_faithfulness": sum(random) / len(random), "random_interval": (min(random), max(random))}
 
 
 def circuit_metrics(

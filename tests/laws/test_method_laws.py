@@ -25,7 +25,7 @@ GRADIENT["eap"] = ([1.0], [1.0])
 few = settings(max_examples=8, deadline=None)
 
 
-def close(got, want, rtol=1e-6):
+def assert_close(got, want, rtol=1e-6):
     torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=rtol * max(1e-3, float(want.abs().max())))
 
 
@@ -57,7 +57,7 @@ def test_scores_scale_with_the_metric(name, shape, factor):
     task = random_task(model)
     scaled = replace(task, metric=Metric("scaled", lambda x, b: factor * base.function(x, b), base.needs))
     got = score(model, scaled, name, progress=False).values
-    close(got, factor * score(model, task, name, progress=False).values)
+    assert_close(got, factor * score(model, task, name, progress=False).values)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -74,8 +74,8 @@ def test_batch_size_order_and_budget_change_nothing(name, shape, size):
         score(model, task, name, budget="1KiB", progress=False),
         score(model, shuffled, name, progress=False),
     ):
-        close(other.values, whole.values)
-        close(other.stderr, whole.stderr, 1e-5)
+        assert_close(other.values, whole.values)
+        assert_close(other.stderr, whole.stderr, 1e-5)
         assert other.n_examples == 5
 
 
@@ -89,7 +89,7 @@ def test_padding_of_a_causal_model_changes_nothing(name, shape):
     alone = [_only(padded, i, int(n)) for i, n in enumerate(lengths)]
     got = score(model, padded, name, progress=False).values
     want = torch.stack([score(model, t, name, progress=False).values for t in alone]).double().mean(0)
-    close(got, want)
+    assert_close(got, want)
 
 
 def _only(task, i, length):
@@ -104,7 +104,7 @@ def _only(task, i, length):
 def test_every_method_is_exact_where_the_model_is_linear(name, seed, causal, layers):
     model = random_model(linear=True, seed=seed, causal=causal, n_layers=layers)
     task = random_task(model, seed=seed)
-    close(score(model, task, name, progress=False).values, literal_exact(model, task))
+    assert_close(score(model, task, name, progress=False).values, literal_exact(model, task))
 
 
 @given(shape=SHAPES)
@@ -112,7 +112,7 @@ def test_every_method_is_exact_where_the_model_is_linear(name, seed, causal, lay
 def test_exact_equals_patching_one_edge_at_a_time(shape):
     model = random_model(shape)
     task = random_task(model, n=2)
-    close(score(model, task, "exact", progress=False).values, literal_exact(model, task))
+    assert_close(score(model, task, "exact", progress=False).values, literal_exact(model, task))
 
 
 @pytest.mark.parametrize("name", sorted(GRADIENT))
@@ -121,7 +121,7 @@ def test_exact_equals_patching_one_edge_at_a_time(shape):
 def test_gradient_methods_equal_autograd_on_split_readers(name, shape):
     model = random_model(shape)
     task = random_task(model, n=2)
-    close(score(model, task, name, progress=False).values, literal_gradient(model, task, *GRADIENT[name]))
+    assert_close(score(model, task, name, progress=False).values, literal_gradient(model, task, *GRADIENT[name]))
 
 
 def test_quadratures_approach_one_limit_and_the_default_does_so_faster_than_left():
@@ -145,7 +145,7 @@ def test_corrupt_values_are_used_by_every_method(value):
     task = random_task(model)
     exact = score(model, task, "exact", corrupt_value=value, progress=False).values
     for name in GRADIENT:
-        close(score(model, task, name, corrupt_value=value, progress=False).values, exact)
+        assert_close(score(model, task, name, corrupt_value=value, progress=False).values, exact)
     assert not torch.allclose(exact, score(model, task, "exact", progress=False).values)
 
 
