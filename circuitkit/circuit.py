@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -245,10 +245,6 @@ class Circuit:
                 "stderr": [math.nan] * len(self) if self.stderr is None else self.stderr.tolist(),
             }
         )
-
-    def with_result(self, result: Result) -> Circuit:
-        """The same circuit carrying what it was measured to do."""
-        return replace(self, result=result)
 
     def plot(self) -> go.Figure:
         """The circuit as a layered plotly figure."""

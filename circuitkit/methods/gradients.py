@@ -31,8 +31,9 @@ from circuitkit.methods.base import (
 from circuitkit.methods.plan import Plan
 from circuitkit.models.edits import reader_gradients
 from circuitkit.models.hooked import Model, Run
-from circuitkit.shapes import Stream
 from circuitkit.tasks.base import Batch, Task
+
+SMALL = 1e-3  # scores below this are compared with the metric's own change
 
 
 def path_scores(
@@ -54,17 +55,20 @@ def path_scores(
             f"the gradient of {task.metric.name!r} at the clean run is zero by definition: it compares with that run; "
             "use 'eap-ig', 'exact', or another metric"
         )
-    moments = Moments()
+    moments, changes = Moments(), list[tuple[float, float]]()
 
     def size(batch: Batch) -> float:
         return matrix_bytes(model, batch) + at_once * backward_bytes(model, batch)
 
-    def one_chunk(batch: Batch, plan: Plan) -> Tensor:
+    def one_chunk(batch: Batch, plan: Plan) -> tuple[Tensor, tuple[float, float] | None]:
         steps = min(at_once, plan.rows(backward_bytes(model, batch), model.device))
         return _chunk_scores(model, task, batch, corrupt_of, alphas, weights, steps)
 
-    for chunk in plan.over(task, model.device, "edge scores", size, one_chunk):
+    for chunk, change in plan.over(task, model.device, "edge scores", size, one_chunk):
         moments.add(chunk)
+        changes += [] if change is None else [change]
+    if changes:
+        _refuse_flat(task, changes)
     return finished(model, moments)
 
 
@@ -76,7 +80,7 @@ def _chunk_scores(
     alphas: list[float],
     weights: list[float],
     at_once: int,
-) -> Float[Tensor, "batch src dst"]:
+) -> tuple[Float[Tensor, "batch src dst"], tuple[float, float] | None]:
     run, corrupt, clean = _ends(model, task, batch, corrupt_of, alphas)
     batch = with_reference(model, task, batch, run)
     begin, end = corrupt[0].flatten(2), clean[0].flatten(2)
@@ -92,27 +96,26 @@ def _chunk_scores(
         for columns, gradient in groups:
             n = int(model.graph.mask[:, columns].any(1).nonzero().max()) + 1
             scores[:, :n, columns] += edge_scores(delta[:n], gradient)
-    if alphas == [1.0] and delta is not None:
-        _refuse_flat(model, task, batch, scores, run.inputs[-1], delta, last_is_clean=len(clean) > 1)
-    return scores
-
-
-def _refuse_flat(
-    model: Model, task: Task, batch: Batch, scores: Tensor, last: Stream, delta: Tensor, *, last_is_clean: bool
-) -> None:
-    """Refuse scores whose sizes are rounding: a first-order effect far below the metric's own change.
-
-    Metrics have no natural scale, so the change is measured; on one example, and only where scores are small.
-    """
+    if alphas != [1.0] or delta is None:
+        return scores, None
     largest = float(scores.abs().max())
-    if largest > 1e-3:
-        return
-    one, whole = batch.rows(slice(0, 1)), delta[:, :1].sum(0)
-    here = at_least_float32(last[:1])
-    there = here - whole if last_is_clean else here + whole
-    logits = (model.logits(x.to(last.dtype), one.positions) for x in (here, there))
-    values = [task.metric(x, one) for x in logits]
-    if largest < 1e-4 * float((values[0] - values[1]).abs()):
+    if largest > SMALL:
+        return scores, (largest, 0.0)
+    last = at_least_float32(run.inputs[-1])
+    ends = (last, last - delta.sum(0)) if len(clean) > 1 else (last + delta.sum(0), last)
+    logits = (model.logits(x.to(run.inputs[-1].dtype), batch.positions) for x in ends)
+    here, there = (task.metric(x, batch) for x in logits)
+    return scores, (largest, float((here - there).abs().max()))
+
+
+def _refuse_flat(task: Task, changes: list[tuple[float, float]]) -> None:
+    """Refuse scores whose sizes are rounding: first-order effects far below the metric's own change, on all examples.
+
+    Metrics have no natural scale, so the change is measured, but only where scores are small; the outcome does not
+    depend on how the examples were cut into chunks.
+    """
+    largest, change = (max(values) for values in zip(*changes, strict=True))
+    if largest <= SMALL and largest < 1e-4 * change:
         raise MetricError(
             f"the gradient of {task.metric.name!r} is zero at the clean run (squared errors are flat there); "
             "use 'eap-ig', 'exact', or another metric"

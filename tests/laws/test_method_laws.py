@@ -242,3 +242,19 @@ def test_batch_metrics_and_infinite_metrics_are_refused():
     infinite = replace(task, metric=Metric("infinite", lambda x, b: x[:, 0, 0] / 0, ("right",)))
     with pytest.raises(MetricError, match="not finite on examples"):
         score(model, infinite, "exact", progress=False)
+
+
+def test_one_flat_example_does_not_make_the_answer_depend_on_the_batch_size():
+    """A saturated example alone in its chunk has no gradient; the task as a whole has one."""
+    model = random_model()
+    task = random_task(model)
+    base, first = METRICS["logit-diff"], task.batches[0].clean[0]
+
+    def partly_flat(logits, batch):
+        values = base.function(logits, batch)
+        return torch.where((batch.clean == first).all(1), values.detach(), values)
+
+    task = replace(task, metric=Metric("partly-flat", partly_flat, base.needs))
+    whole, single = (score(model, task, "eap", batch_size=n, progress=False).values for n in (4, 1))
+    assert_close(single, whole)
+    assert torch.count_nonzero(whole) > 0
