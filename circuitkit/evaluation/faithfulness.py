@@ -23,7 +23,7 @@ from circuitkit.functional import select
 from circuitkit.functional.stats import auroc, bootstrap_mean, bootstrap_ratio
 from circuitkit.methods.base import check_task, clean_and_corrupt, corrupt_writes, matrix_bytes, with_reference
 from circuitkit.methods.plan import Plan
-from circuitkit.models.edits import run_circuits
+from circuitkit.models.circuits import run_circuits
 from circuitkit.models.hooked import Model
 from circuitkit.tasks.base import Batch, Task
 

@@ -35,6 +35,8 @@ def pull_back(
     bias: Float[Tensor, "node width"] | None,
     norm: Norm | None,
     out: Float[Tensor, "node batch pos d"],
+    *,
+    frozen: bool = False,
 ) -> None:
     """Write the gradients at the readers' private copies of the stream, summed over steps, into ``out``.
 
@@ -46,13 +48,14 @@ def pull_back(
         bias: each reader's offset, or None.
         norm: the norm between stream and projection, or None.
         out: where the result goes: a slice of what all readers of the stream share, so that nothing is joined later.
+        frozen: treat 1 / sigma as a constant: the rank-one term of the norm is left out.
 
     Only the rank-one norm term is formed per step; the projection is applied once, to the sum.
     """
     gradient, output = at_least_float32(gradient), at_least_float32(output)
     if weight is None:
         g = gradient.squeeze(-2)
-        torch.sum(g if norm is None else norm.pull_back(g, stream), 0, keepdim=True, out=out)
+        torch.sum(g if norm is None else norm.pull_back(g, stream, frozen=frozen), 0, keepdim=True, out=out)
         return
     weight = weight.to(gradient.dtype)
     if norm is None:
@@ -60,10 +63,12 @@ def pull_back(
         return
     x_hat, inverse_sigma = norm.statistics(stream)
     scaled = gradient * inverse_sigma[..., None]
-    offset = _offset(weight, bias, norm)
-    along = (scaled * (output - offset)).sum(-1) / stream.shape[-1]
     folded = norm.fold(weight.transpose(1, 2)).transpose(1, 2)
     _project(scaled.sum(0), folded, out)
+    if frozen:
+        return
+    offset = _offset(weight, bias, norm)
+    along = (scaled * (output - offset)).sum(-1) / stream.shape[-1]
     for step in range(len(along)):
         out.addcmul_(along[step].movedim(-1, 0)[..., None], x_hat[step], value=-1)
 

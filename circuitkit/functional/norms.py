@@ -51,8 +51,10 @@ class Norm:
         inverse_sigma = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return x * inverse_sigma, inverse_sigma
 
-    def pull_back(self, gradient: Float[Tensor, "*batch d"], x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """J^T g: the gradient with respect to x, given the gradient with respect to the norm's output.
+    def pull_back(
+        self, gradient: Float[Tensor, "*batch d"], x: Float[Tensor, "*batch d"], *, frozen: bool = False
+    ) -> Float[Tensor, "*batch d"]:
+        """J^T g: the gradient with respect to x, given that with respect to the output; ``frozen`` fixes the scale.
 
         >>> x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
         >>> norm = Norm(center=False, eps=1e-5, weight=torch.rand(8, dtype=torch.float64))
@@ -62,6 +64,8 @@ class Norm:
         """
         x_hat, inverse_sigma = self.statistics(x)
         g = self.fold(at_least_float32(gradient))
+        if frozen:
+            return inverse_sigma * g
         return inverse_sigma * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
 
     def fold(self, gradient: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:

@@ -49,7 +49,7 @@ def _load_name(what: str, options: dict[str, Any]) -> Model:
     near = difflib.get_close_matches(what, zoo_names(), n=1, cutoff=0.8)
     if near and not Path(what).exists():
         raise UnknownName(f"unknown model {what!r}; did you mean {near[0]!r}? The zoo has {', '.join(zoo_names())}")
-    from circuitkit.models.transformer import load_pretrained
+    from circuitkit.models.pretrained import load_pretrained
 
     return load_pretrained(what, **options)
 

@@ -1,4 +1,4 @@
-"""What a model does under edits of its edges: gradients at every reader, circuits, single edges, single components.
+"""What a model does under edits: gradients at every reader and any port, single edges, the inside of one block.
 
 All start from a recorded run and replay only the blocks that an edit can reach.
 """
@@ -6,7 +6,6 @@ All start from a recorded run and replay only the blocks that an edit can reach.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import groupby
 
 import torch
@@ -18,7 +17,7 @@ from circuitkit.functional.attribution import pull_back
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.models.hooked import Hook, Model, Run, keeper
 from circuitkit.models.wiring import Port, ReadSite
-from circuitkit.shapes import Logits, Stream
+from circuitkit.shapes import Logits
 
 Objective = Callable[[Logits], Float[Tensor, ""]]
 
@@ -29,6 +28,9 @@ def reader_gradients(
     x: Float[Tensor, "step batch pos d"],
     positions: Int[Tensor, "batch answer"],
     objective: Objective,
+    rules: Sequence[Hook] = (),
+    *,
+    frozen_norms: bool = False,
 ) -> tuple[tuple[Tensor, ...], Iterator[tuple[slice, Float[Tensor, "node batch pos d"]]]]:
     """Gradient of an objective at every reader's private copy of the stream, summed over steps, block by block.
 
@@ -37,6 +39,8 @@ def reader_gradients(
         x: the stream before the first block at each step (one step: the clean input; several: a path).
         positions: where logits are read.
         objective: from logits ``[step * batch, answer, vocab]`` to one number.
+        rules: hooks that change how gradients flow (not what is computed), attached before all others.
+        frozen_norms: treat the scale of the readers' norms as a constant.
 
     Returns:
         what the writers wrote at the last step; and, from the last block to the first, columns of the edge matrix with
@@ -52,7 +56,8 @@ def reader_gradients(
     sites = [site for site in model.wiring.read_sites if site.block < len(model.wiring.blocks)]
     start = x.flatten(0, 1).detach().requires_grad_(True)
     with model.quiet(), torch.enable_grad():
-        hooks: list[Hook] = [(port, keeper(seen, port)) for port in {site.stream for site in sites}]
+        hooks: list[Hook] = [*rules]
+        hooks += [(port, keeper(seen, port)) for port in dict.fromkeys(site.stream for site in sites)]
         hooks += [(site.port, _own_copy(seen, site.port)) for site in sites]
         hooks += [(s.port, keeper(written, i)) for i, s in enumerate(model.wiring.write_sites) if s.block >= 0]
         last = model.replay(run, 0, start, rows, hooks)
@@ -68,11 +73,14 @@ def reader_gradients(
         site.kept(written[i].detach()[-batch:].reshape(batch, x.shape[2], site.n, -1))
         for i, site in enumerate(model.wiring.write_sites)
     )
-    return writes, _pulled(found, slopes, (steps, batch, x.shape[2]))
+    return writes, _pulled(found, slopes, (steps, batch, x.shape[2]), frozen_norms)
 
 
 def _pulled(
-    found: dict[ReadSite, tuple[Tensor, Tensor]], slopes: Mapping[ReadSite, Tensor | None], shape: tuple[int, int, int]
+    found: dict[ReadSite, tuple[Tensor, Tensor]],
+    slopes: Mapping[ReadSite, Tensor | None],
+    shape: tuple[int, int, int],
+    frozen_norms: bool,
 ) -> Iterator[tuple[slice, Float[Tensor, "node batch pos d"]]]:
     groups = list(_same_stream(list(found)[::-1]))
     most = max(group[-1].columns.stop - group[0].first for group in groups)
@@ -87,8 +95,51 @@ def _pulled(
             slope = torch.zeros_like(y) if gradient is None else gradient.reshape(y.shape)
             slope, y = (t.unflatten(-1, (site.n, -1)) for t in (slope, y))
             mine = pulled[site.first - first :][: site.n]
-            pull_back(slope, y, stream, site.weight, site.bias, site.norm, mine)
+            pull_back(slope, y, stream, site.weight, site.bias, site.norm, mine, frozen=frozen_norms)
         yield slice(first, group[-1].columns.stop), pulled
+
+
+def gradients_at(
+    model: Model,
+    run: Run,
+    x: Float[Tensor, "row pos d"],
+    positions: Int[Tensor, "batch answer"],
+    objective: Objective,
+    ports: Sequence[Port],
+    rules: Sequence[Hook] = (),
+) -> list[tuple[Tensor, Tensor]]:
+    """What passes some ports, and the gradient of an objective there, in one forward and one backward pass.
+
+    Args:
+        run: a run of inputs of the same lengths, whose calls are repeated.
+        x: the stream before the first block.
+        positions: where logits are read.
+        objective: from logits ``[row, answer, vocab]`` to one number.
+        ports: where; `Wiring.final` stands for the stream after the last block.
+        rules: hooks that change how gradients flow.
+
+    Returns:
+        for each port the tensor and the gradient of its own copy, zero where the objective does not depend on it.
+
+    Raises:
+        MetricError: if the objective does not depend on the logits.
+    """
+    rows = torch.arange(len(x), device=x.device) % run.batch
+    seen: dict[Port, Tensor] = {}
+    with model.quiet(), torch.enable_grad():
+        inner = [port for port in ports if port is not model.wiring.final]
+        hooks: list[Hook] = [*rules, *((port, _own_copy(seen, port)) for port in inner)]
+        last = model.replay(run, 0, x.detach().requires_grad_(True), rows, hooks)
+        seen[model.wiring.final] = last
+        value = objective(model.logits(last, positions[rows]))
+        if not value.requires_grad:
+            raise MetricError("the metric does not depend on the logits, so it has no gradient")
+        wanted = [seen[port] for port in ports]
+        gradients = torch.autograd.grad(value, wanted, allow_unused=True)
+    return [
+        (tensor.detach(), torch.zeros_like(tensor) if slope is None else slope)
+        for tensor, slope in zip(wanted, gradients, strict=True)
+    ]
 
 
 def _same_stream(sites: list[ReadSite]) -> Iterator[list[ReadSite]]:
@@ -105,69 +156,6 @@ def _own_copy(seen: dict[Port, Tensor], port: Port) -> Callable[[Tensor], Tensor
         return seen[port]
 
     return copy
-
-
-@torch.no_grad()
-def run_circuits(
-    model: Model,
-    run: Run,
-    corrupt: tuple[Tensor, ...],
-    keep: Bool[Tensor, "circuit src dst"],
-    positions: Int[Tensor, "batch answer"],
-) -> Float[Tensor, "circuit batch answer vocab"]:
-    """Logits of several circuits at once, stacked on the batch axis.
-
-    Every reader v reads  x + sum_u (1 - keep[u, v]) (corrupt a_u - a_u),  where x and a_u are those of the circuit's
-    own run, so an edit upstream changes what is written downstream.
-
-    Args:
-        run: the clean run.
-        corrupt: what each write site carries along a removed edge.
-        keep: the edges of each circuit.
-    """
-    wiring, n, batch = model.wiring, len(keep), run.batch
-    rows = torch.arange(batch, device=run.inputs[0].device).repeat(n)
-    drop = (model.graph.mask.to(keep.device) & ~keep).to(run.inputs[0].device)
-    x = run.inputs[0].repeat(n, 1, 1)
-    gaps = x.new_zeros(len(model.graph.sources), *x.shape, dtype=at_least_float32(x[:0]).dtype)
-    streams: dict[Port, Tensor] = {}
-
-    def note(i: int, tensor: Tensor) -> None:
-        site = wiring.write_sites[i]
-        current = site.kept(tensor.reshape(n * batch, x.shape[1], site.n, -1))
-        other = corrupt[i].repeat(n, 1, 1, 1)
-        site.difference(other, current, out=gaps[site.rows])
-
-    def shift(site: ReadSite) -> Stream | None:
-        removed = drop[:, : wiring.writes_before(site), site.columns]
-        if not removed.any():
-            return None
-        carried = gaps[: removed.shape[1]].reshape(removed.shape[1], n, -1).transpose(0, 1)
-        moved = removed.transpose(1, 2).to(gaps.dtype) @ carried
-        return moved.transpose(0, 1).reshape(site.n, *x.shape)
-
-    def edit(site: ReadSite, y: Tensor) -> Tensor | None:
-        moved = shift(site)
-        if moved is None:
-            return None
-        return _as_site(site.read(at_least_float32(streams[site.stream]) + moved), y)
-
-    note(0, x)
-    hooks: list[Hook] = []
-    for i, written in enumerate(wiring.write_sites):
-        if written.block >= 0:
-            hooks.append((written.port, partial(note, i)))
-    inner = [site for site in wiring.read_sites if site.block < len(wiring.blocks)]
-    hooks += [(port, keeper(streams, port)) for port in {site.stream for site in inner}]
-    hooks += [(site.port, partial(edit, site)) for site in inner]
-    last = model.replay(run, 0, x, rows, hooks)
-    moved = shift(wiring.read_sites[-1])
-    last = last if moved is None else (at_least_float32(last) + moved[0]).to(last.dtype)
-    return model.logits(last, positions.repeat(n, 1)).unflatten(0, (n, batch))
-
-
-def _as_site(values: Float[Tensor, "node batch pos width"], like: Tensor) -> Tensor:
-    return values.movedim(0, 2).reshape(like.shape).to(like.dtype)
 
 
 @torch.no_grad()

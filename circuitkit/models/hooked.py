@@ -191,6 +191,24 @@ class Model:
                 x = out if isinstance(out, Tensor) else out[0]
         return x
 
+    def replay_block(
+        self, run: Run, block: int, x: Stream, rows: Int[Tensor, " row"], hooks: Sequence[Hook], stop: Port
+    ) -> Tensor:
+        """Pass a stream through one block with hooks, up to a port, and return what passes there.
+
+        Nothing behind the port is computed: a head's output under another query costs one attention.
+        """
+        seen: dict[int, Tensor] = {}
+
+        def halt(y: Tensor) -> None:
+            seen[0] = y
+            raise _Stop
+
+        with self.quiet(), hooked([*hooks, (stop, halt)]), suppress(_Stop):
+            args, kwargs = repeat_call(run.calls[block], rows, run.batch)
+            self.wiring.blocks[block](x, *args, **kwargs)
+        return seen[0]
+
     def logits(self, x: Stream, positions: Int[Tensor, "batch answer"]) -> Logits:
         """Logits at the answer positions of a stream that left the last block, in float32 or better."""
         with self.quiet():

@@ -133,18 +133,18 @@ class MLP(nn.Module):
             self.W_gate = nn.Parameter(torch.zeros(d, m))
         self.W_out, self.b_out = nn.Parameter(torch.zeros(m, d)), nn.Parameter(torch.zeros(d))
         self.hook_in, self.hook_out = nn.Identity(), nn.Identity()
+        self.hook_pre, self.hook_gate, self.hook_hidden = nn.Identity(), nn.Identity(), nn.Identity()
         self.config = config
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         """What the layer adds to the stream."""
         x = self.hook_in(x)
         act = ACTIVATIONS[self.config.act_fn]
-        hidden = (
-            act(x @ self.W_gate) * (x @ self.W_in) + self.b_in
-            if self.config.gated_mlp
-            else act(x @ self.W_in + self.b_in)
-        )
-        return self.hook_out(hidden @ self.W_out + self.b_out)
+        if self.config.gated_mlp:
+            hidden = act(self.hook_gate(x @ self.W_gate)) * self.hook_pre(x @ self.W_in) + self.b_in
+        else:
+            hidden = act(self.hook_pre(x @ self.W_in + self.b_in))
+        return self.hook_out(self.hook_hidden(hidden) @ self.W_out + self.b_out)
 
 
 class RMSNorm(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from circuitkit.errors import UnsupportedModel
 from circuitkit.functional.norms import Norm
 from circuitkit.models.hooked import Model
-from circuitkit.models.native import NativeConfig, NativeTransformer
-from circuitkit.models.wiring import Port, ReadSite, Wiring, WriteSite, transformer_graph
+from circuitkit.models.native import ACTIVATIONS, NativeConfig, NativeTransformer
+from circuitkit.models.wiring import MlpParts, Port, ReadSite, Wiring, WriteSite, transformer_graph
 
 
 def native_model(
@@ -96,7 +96,32 @@ def _wire(module: Any, sizes: tuple[int, int, int, int], has_mlp: bool, tail: An
     final = Port(module.ln_final if hasattr(module, "ln_final") else module.unembed, "in")
     reads.append(ReadSite(reads[-1].columns.stop, 1, n_layers, final, final))
     patterns = tuple(Port(block.attn.hook_pattern) for block in module.blocks)
-    return Wiring(graph, tuple(module.blocks), tuple(writes), tuple(reads), tail, final, patterns)
+    normed = Port(module.ln_final) if hasattr(module, "ln_final") else None
+    return Wiring(
+        graph, tuple(module.blocks), tuple(writes), tuple(reads), tail, final, patterns,
+        mlps=_mlps(module) if has_mlp else (), normed=normed,
+        final_norm=None if normed is None else _norm(module.ln_final),
+    )  # fmt: skip
+
+
+def _mlps(module: Any) -> tuple[MlpParts, ...]:
+    """The inside of each MLP, of our small transformer and of a HookedTransformer."""
+    found: list[MlpParts] = []
+    for i, mlp in enumerate(block.mlp for block in module.blocks):
+        gated = hasattr(mlp, "W_gate")
+        if hasattr(mlp, "hook_hidden"):
+            ports = Port(mlp.hook_pre), Port(mlp.hook_gate) if gated else None, Port(mlp.hook_hidden)
+            act = ACTIVATIONS[mlp.config.act_fn]
+        elif mlp.cfg.act_fn in ("gelu_ln", "solu_ln"):
+            return ()  # a norm inside the nonlinearity
+        else:
+            pre, gate = (mlp.hook_pre_linear, mlp.hook_pre) if gated else (mlp.hook_pre, None)
+            ports = Port(pre), None if gate is None else Port(gate), Port(mlp.hook_post)
+            act = mlp.act_fn
+        # A gated MLP in this layout adds b_in after the product, so it is not in what the projection gives.
+        bias, w_gate = (None, mlp.W_gate) if gated else (mlp.b_in, None)
+        found.append(MlpParts(i, *ports, mlp.W_in, bias, w_gate, None, mlp.W_out, mlp.b_out, act))
+    return tuple(found)
 
 
 def _projection(attn: Any, slot: str, grouped: bool) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,7 @@ stored as weight or 1 + weight) is found by experiment on a few tokens, then tes
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,64 +16,7 @@ from torch import Tensor, nn
 from circuitkit.errors import UnsupportedModel
 from circuitkit.functional.norms import Norm, at_least_float32
 from circuitkit.models.hooked import Hook, Model, hooked, keeper, quiet
-from circuitkit.models.wiring import Port, ReadSite, Wiring, WriteSite, transformer_graph
-
-
-def load_pretrained(
-    source: str,
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-    dtype: Any = None,
-    device: str | torch.device | None = None,
-    **about: Any,
-) -> Model:
-    """A `Model` from a local Hugging Face folder or a hub id; weights are read from safetensors only.
-
-    Raises:
-        UnsupportedModel: if the folder or id cannot be loaded, with the reason.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    local = Path(source).is_dir()
-    try:
-        with _no_bar_for(local):
-            module = AutoModelForCausalLM.from_pretrained(
-                source,
-                revision=revision,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=local,
-                trust_remote_code=False,
-                attn_implementation="eager",
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        kind = "folder" if local else "zoo name, folder or hub id"
-        raise UnsupportedModel(
-            f"the {kind} {source!r} could not be loaded as a causal language model: {reason}"
-        ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
-    except (OSError, ValueError, ImportError):
-        tokenizer = None
-    about.setdefault("tokenizer", tokenizer)
-    return module_model(module.eval().to(device), name=name or Path(source).name, copy_structure=False, **about)
-
-
-@contextmanager
-def _no_bar_for(local: bool) -> Iterator[None]:
-    """Reading a local folder is a matter of moments; transformers shows a bar all the same."""
-    from transformers.utils import logging
-
-    quiet_please = local and logging.is_progress_bar_enabled()
-    if quiet_please:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if quiet_please:
-            logging.enable_progress_bar()
+from circuitkit.models.wiring import MlpParts, Port, ReadSite, Wiring, WriteSite, transformer_graph
 
 
 def module_model(module: nn.Module, *, name: str | None = None, copy_structure: bool = True, **about: Any) -> Model:
@@ -168,7 +109,32 @@ def _wire(bridge: Any) -> Wiring:
     reads.append(ReadSite(reads[-1].columns.stop, 1, n_layers, final, final))
     graph = transformer_graph(n_layers, n_heads, n_kv, parallel=parallel[0])
     patterns = tuple(Port(b.attn.hook_pattern) for b in bridge.blocks if hasattr(b.attn, "hook_pattern"))
-    return Wiring(graph, tuple(bridge.blocks), tuple(writes), tuple(reads), _tail(bridge), final, patterns)
+    return Wiring(
+        graph, tuple(bridge.blocks), tuple(writes), tuple(reads), _tail(bridge), final, patterns,
+        mlps=_mlps(bridge), final_norm=_find_norm(bridge.ln_final, seen, n_layers, required=False),
+        normed=Port(bridge.ln_final),
+    )  # fmt: skip
+
+
+def _mlps(bridge: Any) -> tuple[MlpParts, ...]:
+    """The inside of each MLP; () if a block's has other parts than two or three projections (a mixture of experts)."""
+    found: list[MlpParts] = []
+    for i, block in enumerate(bridge.blocks):
+        up, down, gate = (getattr(block.mlp, name, None) for name in ("in", "out", "gate"))
+        inner = block.mlp.original_component
+        act = next((getattr(inner, n) for n in ("act", "act_fn", "activation_fn") if hasattr(inner, n)), None)
+        if up is None or down is None or act is None:
+            return ()
+        into, out = up.original_component, down.original_component
+        gated = None if gate is None else gate.original_component
+        found.append(
+            MlpParts(
+                i, Port(up.hook_out), None if gate is None else Port(gate.hook_out), Port(down.hook_in),
+                _matrix(into), into.bias, None if gated is None else _matrix(gated),
+                None if gated is None else gated.bias, _matrix(out), out.bias, act,
+            )
+        )  # fmt: skip
+    return tuple(found)
 
 
 def _tail(bridge: Any) -> Callable[[Tensor], Tensor]:

@@ -136,6 +136,34 @@ class ReadSite:
 
 
 @dataclass(frozen=True, eq=False)
+class MlpParts:
+    """The inside of one block's MLP: hidden = act(gate) * pre, or act(pre) without a gate; out = hidden W_out + b_out.
+
+    Args:
+        block: index of the block.
+        pre: where the up-projection's output ``[batch, pos, d_mlp]`` is found.
+        gate: where the gate's pre-activation is found, or None.
+        hidden: where what the down-projection reads is found.
+        w_in: up-projection ``[d, d_mlp]``; ``b_in`` its bias as far as it is in ``pre``, or None.
+        w_gate: the gate's projection and bias, or None.
+        w_out: down-projection ``[d_mlp, d]`` and bias.
+        activation: the nonlinearity.
+    """
+
+    block: int
+    pre: Port
+    gate: Port | None
+    hidden: Port
+    w_in: Float[Tensor, "d d_mlp"]
+    b_in: Float[Tensor, " d_mlp"] | None
+    w_gate: Float[Tensor, "d d_mlp"] | None
+    b_gate: Float[Tensor, " d_mlp"] | None
+    w_out: Float[Tensor, "d_mlp d"]
+    b_out: Float[Tensor, " d"] | None
+    activation: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Wiring:
     """The sites of one model, in order of computation.
 
@@ -147,6 +175,9 @@ class Wiring:
         tail: from the stream after the last block to logits; takes any leading axes.
         final: where the stream after the last block is found in a full run.
         patterns: where each block's attention pattern ``[batch, head, query, key]`` is found, or ().
+        mlps: the inside of each block's MLP, or () where it is not known.
+        final_norm: the norm before the unembedding as data, or None.
+        normed: where the output of that norm is found, or None.
     """
 
     graph: Graph
@@ -156,6 +187,9 @@ class Wiring:
     tail: Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch vocab"]]
     final: Port
     patterns: tuple[Port, ...] = ()
+    mlps: tuple[MlpParts, ...] = ()
+    final_norm: Norm | None = None
+    normed: Port | None = None
 
     @property
     def width(self) -> int:

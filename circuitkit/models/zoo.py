@@ -42,7 +42,7 @@ def zoo_name(name: str) -> str | None:
 def load_zoo(name: str, **options: Any) -> Model:
     """Load a zoo model by its full name; ``device`` and ``dtype`` as for `load`. Raises UnknownName for any other."""
     if name == "stories260k":
-        from circuitkit.models.transformer import load_pretrained
+        from circuitkit.models.pretrained import load_pretrained
 
         return load_pretrained(
             str(resource("stories260k", "hf")),
