@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuitkit.circuit import Circuit, Scores
+    from circuitkit.circuit import Circuit
     from circuitkit.errors import CircuitKitError
     from circuitkit.evaluation.faithfulness import evaluate
     from circuitkit.exporters.base import export
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from circuitkit.models.hooked import Model
     from circuitkit.result import NodeScores, Result
     from circuitkit.runs.pipeline import find
+    from circuitkit.scores import Scores
     from circuitkit.tasks.base import Batch, Task
     from circuitkit.tasks.base import make as task
 
@@ -51,7 +52,7 @@ _HOMES = {
     "Model": "circuitkit.models.hooked",
     "NodeScores": "circuitkit.result",
     "Result": "circuitkit.result",
-    "Scores": "circuitkit.circuit",
+    "Scores": "circuitkit.scores",
     "Task": "circuitkit.tasks.base",
     "evaluate": "circuitkit.evaluation.faithfulness",
     "export": "circuitkit.exporters.base",

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from circuitkit.circuit import Circuit, Result
+from circuitkit.circuit import Circuit
 from circuitkit.errors import FormatError, GraphError
 from circuitkit.graph import Graph
+from circuitkit.result import Result
 
 VERSIONS = {"circuit": 1, "scores": 1, "result": 1}
 _DTYPES = {

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from circuitkit.circuit import Circuit, CurvePoint
+from circuitkit.circuit import Circuit
 from circuitkit.drawing import PALETTE, draw, visible
 from circuitkit.errors import GraphError
 from circuitkit.figures.circuit import circuit_figure
@@ -20,6 +20,7 @@ from circuitkit.figures.curve import faithfulness_curve
 from circuitkit.figures.heatmap import position_heatmap, score_heatmap
 from circuitkit.functional.layout import crossings, layered_x, wrap_rows
 from circuitkit.graph import chain_graph
+from circuitkit.result import CurvePoint
 from tests.toys_graph import circuit_on, recurrent_graph, result_of, scores_on, transformer_graph
 
 GRAPHS = {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from circuitkit.atomic import write_atomic
-from circuitkit.circuit import Circuit, Scores
+from circuitkit.circuit import Circuit
 from circuitkit.errors import FormatError
 from circuitkit.graph import chain_graph
 from circuitkit.runs.files import (
@@ -27,6 +27,7 @@ from circuitkit.runs.files import (
     save_scores,
 )
 from circuitkit.schema import circuit_from_json, circuit_to_json, jsonable, result_from_dict, result_to_dict
+from circuitkit.scores import Scores
 from tests.toys_graph import circuit_on, recurrent_graph, result_of, scores_on, transformer_graph
 
 GRAPHS = {

@@ -15,6 +15,7 @@ LAYERS = (
     ("errors", "shapes", "registry", "resources", "atomic", "result"),
     ("functional", "graph"),
     ("circuit",),
+    ("scores",),
     ("schema", "drawing", "models", "tasks", "dictionaries"),
     ("methods",),
     ("evaluation", "analysis"),

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from circuitkit.circuit import Result, Scores
 from circuitkit.errors import FormatError, OptionError
 from circuitkit.graph import chain_graph
+from circuitkit.result import Result
 from circuitkit.runs import store
 from circuitkit.runs.manifest import manifest_of
 from circuitkit.runs.options import Option, options_of, read_options
 from circuitkit.runs.provenance import data_sha256, model_sha256
 from circuitkit.runs.store import FILES, check_file, check_target, load_run, page_of, write_run
+from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from circuitkit.circuit import Scores
 from circuitkit.errors import OptionError
 from circuitkit.functional import select
 from circuitkit.models.wiring import transformer_graph
+from circuitkit.scores import Scores
 
 GRAPHS = st.builds(
     lambda layers, heads, mlp, parallel: transformer_graph(layers, *heads, mlp=mlp, parallel=parallel and mlp),

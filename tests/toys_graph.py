@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from circuitkit.circuit import Circuit, CurvePoint, Result, Scores
+from circuitkit.circuit import Circuit
 from circuitkit.graph import Graph, Node
+from circuitkit.result import CurvePoint, Result
+from circuitkit.scores import Scores
 
 
 def transformer_graph(n_layers: int = 2, n_heads: int = 2, n_kv: int | None = None, mlp: bool = True) -> Graph:

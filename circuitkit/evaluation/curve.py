@@ -14,9 +14,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from circuitkit.circuit import CurvePoint, Scores
+from torch import Tensor
+
 from circuitkit.functional import select
 from circuitkit.functional.stats import trapezoid
+from circuitkit.result import CurvePoint
+from circuitkit.scores import Scores
 from circuitkit.shapes import EdgeMask
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -35,11 +38,19 @@ def curve_circuits(scores: Scores) -> list[Size]:
     """The circuits of both curves, signed first."""
     graph, out = scores.graph, []
     for absolute in (False, True):
-        order = select.ranked_edges(scores.values, graph.mask, absolute=absolute or not scores.signed)
+        order = _order(scores, absolute=absolute or not scores.signed)
         for fraction in MIB_FRACTIONS:
             chosen = select.first_edges(order, int(fraction * graph.n_edges), graph.mask)
             out.append(Size(fraction, absolute, select.prune_dangling(chosen, graph.feeds)))
     return out
+
+
+def _order(scores: Scores, *, absolute: bool) -> Tensor:
+    """Edges from the best down; grown from the logits where scores of different readers cannot be compared."""
+    graph = scores.graph
+    if scores.comparable:
+        return select.ranked_edges(scores.values, graph.mask, absolute=absolute)
+    return select.grown_order(scores.values, graph.mask, graph.feeds, absolute=absolute)
 
 
 def curve_points(sizes: list[Size], faithfulness: list[float | None]) -> tuple[CurvePoint, ...]:

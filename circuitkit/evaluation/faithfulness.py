@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitkit.circuit import Circuit, Result
+from circuitkit.circuit import Circuit
 from circuitkit.errors import GraphError
 from circuitkit.evaluation.curve import areas, curve_circuits, curve_points
 from circuitkit.functional import select
@@ -25,6 +25,7 @@ from circuitkit.methods.base import check_task, clean_and_corrupt, corrupt_write
 from circuitkit.methods.plan import Plan
 from circuitkit.models.circuits import run_circuits
 from circuitkit.models.hooked import Model
+from circuitkit.result import Result
 from circuitkit.tasks.base import Batch, Task
 
 N_RANDOM = 20

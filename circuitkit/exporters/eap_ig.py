@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from circuitkit.circuit import Circuit, Scores
+from circuitkit.circuit import Circuit
 from circuitkit.errors import FormatError
 from circuitkit.exporters.base import exporter
 from circuitkit.graph import Graph
 from circuitkit.schema import parse_json
+from circuitkit.scores import Scores
 
 
 @exporter("eap-ig", "eap-ig.json")

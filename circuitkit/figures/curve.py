@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
-from circuitkit.circuit import Result
 from circuitkit.drawing import PALETTE, visible
+from circuitkit.result import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

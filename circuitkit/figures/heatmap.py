@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitkit.circuit import Scores
 from circuitkit.drawing import PALETTE, visible
 from circuitkit.errors import GraphError
+from circuitkit.scores import Scores
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -15,13 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuitkit.circuit import NodeScores
 from circuitkit.errors import OptionError
 from circuitkit.functional.ablation import check_corrupt_value, task_mean
 from circuitkit.methods.base import method, run_bytes, with_reference
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model, Run
 from circuitkit.models.sites import Place, activations, editor, find_places, selection
+from circuitkit.result import NodeScores
 from circuitkit.tasks.base import Batch, Task
 
 

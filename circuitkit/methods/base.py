@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from circuitkit.circuit import Scores
 from circuitkit.errors import MetricError, OptionError, TaskError
 from circuitkit.functional.ablation import check_corrupt_value, task_mean
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model, Run
 from circuitkit.registry import Registry
+from circuitkit.scores import Scores
 from circuitkit.tasks.base import Batch, Task
 
 
@@ -134,6 +134,21 @@ def with_reference(model: Model, task: Task, batch: Batch, run: Run) -> Batch:
     if "reference" not in task.metric.needs:
         return batch
     return replace(batch, reference=model.logits(run.inputs[-1], batch.positions))
+
+
+def fidelity(task: Task, metric: str | None) -> Task:
+    """The task judged by how close a run stays to the whole model's own output, as ACDC and learned masks judge.
+
+    Args:
+        metric: ``None`` for minus the KL divergence from the clean run (or the task's own metric where outputs are
+            numbers, not tokens); ``"task"`` for the task's own metric; or the name of a metric.
+    """
+    if metric == "task":
+        return task
+    if metric is None:
+        numbers = any(batch.target is not None for batch in task.batches)
+        return task if numbers else task.with_metric("kl")
+    return task.with_metric(metric)
 
 
 CorruptWrites = Callable[[Run], tuple[Tensor, ...]] | None

@@ -9,11 +9,11 @@ Reference: the ``clean-corrupted`` method of the EAP-IG library (Hanna et al. 20
 
 from __future__ import annotations
 
-from circuitkit.circuit import Scores
 from circuitkit.methods.base import method
 from circuitkit.methods.gradients import path_scores
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model
+from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 

@@ -10,11 +10,11 @@ Reference: Syed, Rager and Conmy 2023, arXiv:2310.10348. Deviation: signed, not 
 
 from __future__ import annotations
 
-from circuitkit.circuit import Scores
 from circuitkit.methods.base import method
 from circuitkit.methods.gradients import path_scores
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model
+from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 

@@ -12,13 +12,13 @@ clean end not); ``midpoint`` needs fewer steps for the same error on smooth path
 
 from __future__ import annotations
 
-from circuitkit.circuit import Scores
 from circuitkit.errors import OptionError
 from circuitkit.functional.attribution import QUADRATURES, quadrature
 from circuitkit.methods.base import method
 from circuitkit.methods.gradients import path_scores
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model
+from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitkit.circuit import Scores
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.base import (
     backward_bytes,
@@ -31,6 +30,7 @@ from circuitkit.methods.plan import Plan
 from circuitkit.models.edits import patch_edges
 from circuitkit.models.hooked import Model
 from circuitkit.models.wiring import ReadSite
+from circuitkit.scores import Scores
 from circuitkit.tasks.base import Batch, Task
 
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitkit.circuit import Scores
 from circuitkit.errors import MetricError
 from circuitkit.functional.attribution import edge_scores
 from circuitkit.functional.norms import at_least_float32
@@ -31,6 +30,7 @@ from circuitkit.methods.base import (
 from circuitkit.methods.plan import Plan
 from circuitkit.models.edits import reader_gradients
 from circuitkit.models.hooked import Model, Run
+from circuitkit.scores import Scores
 from circuitkit.tasks.base import Batch, Task
 
 SMALL = 1e-3  # scores below this are compared with the metric's own change

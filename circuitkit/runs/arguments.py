@@ -20,9 +20,12 @@ TaskName = Annotated[str, typer.Argument(help="A name from [bold]circuitkit list
 Method = Annotated[str, typer.Option(help="A name from [bold]circuitkit list methods[/].")]
 Metric = Annotated[str | None, typer.Option(help="A metric other than the task's own: logit-diff, prob-diff, kl, ...")]
 Pairs = Annotated[int, typer.Option("--n", min=1, help="How many pairs the task draws.")]
-Edges = Annotated[int, typer.Option(min=1, help="How many edges the circuit may have.")]
+Edges = Annotated[
+    int | None, typer.Option(min=1, help="How many edges the circuit may have; 100, or the method's own choice.")
+]
 Selection = Annotated[
-    Literal["top", "grow"], typer.Option(help="Strongest connected edges, or best first from the logits.")
+    Literal["auto", "top", "grow", "own"],
+    typer.Option(help="Strongest connected edges, best first from the logits, or what the method itself chose."),
 ]
 Signed = Annotated[bool, typer.Option("--signed", help="Rank by signed score instead of magnitude.")]
 RunFolder = Annotated[Path | None, typer.Option(help="Run folder; runs/MODEL-TASK-METHOD if not given.")]

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from circuitkit.atomic import write_atomic
-from circuitkit.circuit import Circuit, Result, Scores
+from circuitkit.circuit import Circuit
 from circuitkit.errors import FormatError, GraphError
+from circuitkit.result import Result
 from circuitkit.schema import (
     check_schema,
     circuit_from_json,
@@ -25,6 +27,7 @@ from circuitkit.schema import (
     schema_name,
     to_json,
 )
+from circuitkit.scores import Scores
 
 __all__ = [
     "load_circuit",
@@ -50,11 +53,14 @@ def save_scores(scores: Scores, path: str | Path) -> Path:
     tensors = {"values": scores.values}
     if scores.stderr is not None:
         tensors["stderr"] = scores.stderr
+    if scores.selected is not None:
+        tensors["selected"] = scores.selected
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {
         "method": scores.method,
         "options": jsonable(scores.options),
         "signed": scores.signed,
+        "comparable": scores.comparable,
         "n_examples": scores.n_examples,
         "provenance": jsonable(scores.provenance),
     }
@@ -82,17 +88,21 @@ def load_scores(path: str | Path) -> Scores:
     check_schema(metadata.get("schema"), "scores", str(path))
     header = parse_json(metadata.get("header", "null"), f"the header of {path}")
     graph = graph_from_dict(parse_json(metadata.get("graph", "null"), f"the graph of {path}"), str(path))
-    names = {"method", "options", "signed", "n_examples", "provenance"}
+    names = {"method", "options", "signed", "comparable", "n_examples", "provenance"}
+    if isinstance(header, dict):
+        header = {"comparable": True} | header  # files written before 0.2 have no such field
     if not isinstance(header, dict) or set(header) != names or "values" not in tensors:
         raise FormatError(f"{path} lacks its values or one of {', '.join(sorted(names))}; score again")
     for name, tensor in tensors.items():
-        if name not in ("values", "stderr") or tensor.shape != graph.mask.shape or not tensor.is_floating_point():
+        fits = tensor.dtype == torch.bool if name == "selected" else tensor.is_floating_point()
+        if name not in ("values", "stderr", "selected") or tensor.shape != graph.mask.shape or not fits:
             raise FormatError(
                 f"{path}: got the tensor {name!r} of shape {tuple(tensor.shape)} and {tensor.dtype}, expected "
-                f"floating-point values and stderr of shape {tuple(graph.mask.shape)}; score again"
+                "floating-point values and stderr and boolean selected edges of shape "
+                f"{tuple(graph.mask.shape)}; score again"
             )
     try:
-        return Scores(tensors["values"], graph, stderr=tensors.get("stderr"), **header)
+        return Scores(graph=graph, **tensors, **header)
     except (GraphError, TypeError) as error:
         raise FormatError(f"{path} does not hold scores: {error}") from error
 

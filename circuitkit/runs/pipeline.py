@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from circuitkit.circuit import Circuit, Scores
+from circuitkit.circuit import Circuit
 from circuitkit.errors import OptionError
 from circuitkit.evaluation.faithfulness import evaluate
 from circuitkit.methods.base import METHODS, Plan, checked_options, edge_methods, score
 from circuitkit.models.base import load
 from circuitkit.models.hooked import Model
 from circuitkit.runs.provenance import data_sha256, model_sha256, versions
+from circuitkit.scores import Scores
 from circuitkit.tasks.base import Batch, Task, make
 
-Selection = Literal["top", "grow"]
+Selection = Literal["auto", "top", "grow", "own"]
+EDGES = 100  # how many edges a circuit has if neither the user nor the method says
 
 
 def find(
@@ -23,8 +25,8 @@ def find(
     task: Task | str,
     *,
     method: str = "eap-ig",
-    edges: int = 100,
-    selection: Selection = "top",
+    edges: int | None = None,
+    selection: Selection = "auto",
     absolute: bool = True,
     batch_size: int | Literal["auto"] = "auto",
     budget: int | str | None = None,
@@ -38,8 +40,9 @@ def find(
         model: a loaded model, or whatever `circuitkit.load` takes.
         task: a task, or the name of one.
         method: how edges are scored.
-        edges: how many edges the circuit may have.
-        selection: ``top`` takes the strongest connected edges, ``grow`` adds the best from the logits on.
+        edges: how many edges the circuit may have; by default what the method itself chose, or 100.
+        selection: ``top`` takes the strongest connected edges, ``grow`` adds the best from the logits on, ``own`` takes
+            what the method chose; ``auto`` is what fits the method.
         absolute: rank edges by magnitude (True), or only by how much they support the behaviour (False).
         batch_size: examples at a time.
         budget: memory that activations may take, in bytes or as text such as ``"4GiB"``.
@@ -51,8 +54,10 @@ def find(
         UnknownName: for a method or task that is not registered.
         OptionError: for an option out of range.
     """
-    if selection not in ("top", "grow"):
-        raise OptionError(f"got selection {selection!r}, expected 'top' or 'grow'")
+    if selection not in get_args(Selection):
+        raise OptionError(f"got selection {selection!r}, expected one of {', '.join(get_args(Selection))}")
+    if selection == "own" and edges is not None:
+        raise OptionError("selection 'own' takes the edges that the method chose; leave out edges, or use 'top'")
     # What can be refused is refused before a model is loaded.
     checked_options(method, METHODS[method], options)
     if method not in edge_methods():
@@ -63,7 +68,7 @@ def find(
     Plan.of(batch_size, budget, progress, seed)
     model = load(model) if isinstance(model, str) else model
     task = make(task, model, seed=seed) if isinstance(task, str) else task
-    if not 1 <= edges <= model.graph.n_edges:
+    if edges is not None and not 1 <= edges <= model.graph.n_edges:
         raise OptionError(
             f"got edges = {edges}, expected 1 to {model.graph.n_edges:,}: {model.name} has no more possible edges"
         )
@@ -71,17 +76,29 @@ def find(
     began = time.perf_counter()
     scores = score(model, task, method=method, **common, **options)
     scored = time.perf_counter()
-    circuit = scores.grow(edges, absolute=absolute) if selection == "grow" else scores.top(edges, absolute=absolute)
+    selection, circuit = _cut(scores, edges, selection, absolute)
     result = evaluate(model, task, circuit, **common)
     ended = time.perf_counter()
     meta = {
         **_where_from(model, task, scores),
         "selection": selection if absolute else f"{selection}, signed",
-        "edges": edges,
+        "edges": len(circuit) if edges is None else edges,
         "seed": seed,
         "seconds": {"score": round(scored - began, 3), "evaluate": round(ended - scored, 3)},
     }
     return replace(circuit, scores=scores, result=result, meta=meta)
+
+
+def _cut(scores: Scores, edges: int | None, selection: Selection, absolute: bool) -> tuple[Selection, Circuit]:
+    """The circuit, and which way it was cut."""
+    if selection == "auto":
+        own = scores.selected is not None and edges is None
+        selection = "own" if own else "top" if scores.comparable else "grow"
+    if selection == "own":
+        return selection, scores.own()
+    edges = min(EDGES, scores.graph.n_edges) if edges is None else edges
+    cut = scores.grow if selection == "grow" else scores.top
+    return selection, cut(edges, absolute=absolute)
 
 
 def _where_from(model: Model, task: Task, scores: Scores) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from rich.text import Text
 from circuitkit.result import NodeScores, Result
 
 if TYPE_CHECKING:
-    from circuitkit.circuit import Circuit, Scores
+    from circuitkit.circuit import Circuit
+    from circuitkit.scores import Scores
 
 UNDEFINED = "undefined: the clean and corrupt metrics are equal, so there is no behaviour to explain"
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from circuitkit.circuit import Circuit, Result, Scores
+from circuitkit.circuit import Circuit
 from circuitkit.errors import OptionError, UnsupportedModel
 from circuitkit.evaluation.faithfulness import evaluate
 from circuitkit.functional.metrics import METRICS
@@ -17,11 +17,12 @@ from circuitkit.methods.base import METHODS, Plan, score
 from circuitkit.models.base import load
 from circuitkit.models.hooked import Model
 from circuitkit.models.zoo import zoo_name, zoo_names
-from circuitkit.result import NodeScores
+from circuitkit.result import NodeScores, Result
 from circuitkit.runs.manifest import manifest_of
 from circuitkit.runs.options import options_of, read_options
 from circuitkit.runs.pipeline import find
 from circuitkit.runs.provenance import data_sha256, model_sha256
+from circuitkit.scores import Scores
 from circuitkit.tasks.base import TASKS, Task, make
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from circuitkit.atomic import write_atomic
-from circuitkit.circuit import Circuit, Scores
+from circuitkit.circuit import Circuit
 from circuitkit.errors import FormatError, OptionError
 from circuitkit.result import NodeScores
 from circuitkit.runs.files import save_result
 from circuitkit.runs.manifest import Manifest, manifest_of, read_manifest
 from circuitkit.schema import result_to_dict
+from circuitkit.scores import Scores
 
 CIRCUIT, SCORES, RESULT, PAGE = "circuit.json", "scores.safetensors", "result.json", "circuit.html"
 FILES = (CIRCUIT, SCORES, RESULT, PAGE)

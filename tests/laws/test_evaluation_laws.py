@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from circuitkit.circuit import Circuit, Scores
+from circuitkit.circuit import Circuit
 from circuitkit.errors import GraphError
 from circuitkit.evaluation.curve import MIB_FRACTIONS, curve_circuits
 from circuitkit.evaluation.faithfulness import circuit_metrics, evaluate
@@ -16,6 +16,7 @@ from circuitkit.functional.stats import auroc, bootstrap_ratio, trapezoid
 from circuitkit.methods.base import score
 from circuitkit.methods.plan import Plan
 from circuitkit.models.wiring import transformer_graph
+from circuitkit.scores import Scores
 from tests.oracles.literal import literal_circuit
 from tests.toys import SHAPES, random_model, random_task
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from circuitkit.circuit import Scores
 from circuitkit.errors import UnsupportedModel
 from circuitkit.methods.base import METHODS, edge_methods, method, score
+from circuitkit.scores import Scores
 from circuitkit.testing import LawBroken, check_method, check_model
 
 
