@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from circuitkit.circuit import Circuit
     from circuitkit.errors import CircuitKitError
+    from circuitkit.evaluation.completeness import completeness
+    from circuitkit.evaluation.controls import controls
     from circuitkit.evaluation.faithfulness import evaluate
+    from circuitkit.evaluation.hypothesis_tests import equivalence_test, independence_test, minimality_test
+    from circuitkit.evaluation.minimality import minimality
+    from circuitkit.evaluation.overlap import overlap
+    from circuitkit.evaluation.stability import stability
     from circuitkit.exporters.base import export
     from circuitkit.graph import Graph
     from circuitkit.methods.base import score
@@ -36,11 +42,19 @@ __all__ = [
     "Scores",
     "Task",
     "__version__",
+    "completeness",
+    "controls",
+    "equivalence_test",
     "evaluate",
     "export",
     "find",
+    "independence_test",
     "load",
+    "minimality",
+    "minimality_test",
+    "overlap",
     "score",
+    "stability",
     "task",
 ]
 
@@ -54,11 +68,19 @@ _HOMES = {
     "Result": "circuitkit.result",
     "Scores": "circuitkit.scores",
     "Task": "circuitkit.tasks.base",
+    "completeness": "circuitkit.evaluation.completeness",
+    "controls": "circuitkit.evaluation.controls",
+    "equivalence_test": "circuitkit.evaluation.hypothesis_tests",
     "evaluate": "circuitkit.evaluation.faithfulness",
     "export": "circuitkit.exporters.base",
     "find": "circuitkit.runs.pipeline",
+    "independence_test": "circuitkit.evaluation.hypothesis_tests",
     "load": "circuitkit.models.base",
+    "minimality": "circuitkit.evaluation.minimality",
+    "minimality_test": "circuitkit.evaluation.hypothesis_tests",
+    "overlap": "circuitkit.evaluation.overlap",
     "score": "circuitkit.methods.base",
+    "stability": "circuitkit.evaluation.stability",
     "task": "circuitkit.tasks.base:make",
 }
 

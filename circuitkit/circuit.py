@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from circuitkit.errors import GraphError
 from circuitkit.graph import Graph
 from circuitkit.result import Result
 from circuitkit.shapes import EdgeMask
@@ -79,6 +80,70 @@ class Circuit:
         src, dst = graph.edge_mask(names).nonzero(as_tuple=True)
         return cls(graph, src, dst, torch.ones(len(src)))
 
+    def union(self, other: Circuit) -> Circuit:
+        """The edges of either circuit, as ``a | b`` writes it.
+
+        Scores are the left circuit's where it has the edge, else the right one's; a standard error is known only if
+        both circuits have them. The ranking, the result and the meta data belong to the operands and are left behind.
+
+        Raises:
+            GraphError: if the circuits are not of one graph.
+
+        >>> from circuitkit.graph import chain_graph
+        >>> a, b = (Circuit.from_edges(chain_graph(1), [name]) for name in ("input->m0", "m0->logits"))
+        >>> (a | b).edge_names(), len(a & b), len(a - b)
+        (['input->m0', 'm0->logits'], 0, 1)
+        """
+        return self._combined(other, self.mask | self._mask_of(other))
+
+    def intersection(self, other: Circuit) -> Circuit:
+        """The edges of both circuits, as ``a & b`` writes it; scores as in `union`. Raises GraphError."""
+        return self._combined(other, self.mask & self._mask_of(other))
+
+    def difference(self, other: Circuit) -> Circuit:
+        """The edges of this circuit that the other lacks, as ``a - b`` writes it; scores as in `union`.
+
+        Like the intersection, it may hold edges that lie on no path from the input to the logits: they are kept, so
+        that set laws hold. `circuitkit.functional.select.prune_dangling` removes them from a mask.
+
+        Raises:
+            GraphError: if the circuits are not of one graph.
+        """
+        return self._combined(other, self.mask & ~self._mask_of(other))
+
+    def __or__(self, other: Circuit) -> Circuit:
+        return self.union(other) if isinstance(other, Circuit) else NotImplemented
+
+    def __and__(self, other: Circuit) -> Circuit:
+        return self.intersection(other) if isinstance(other, Circuit) else NotImplemented
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        return self.difference(other) if isinstance(other, Circuit) else NotImplemented
+
+    def _mask_of(self, other: Circuit) -> EdgeMask:
+        if not self.graph.same_as(other.graph):
+            raise GraphError(
+                "the two circuits are of different graphs, so their edges cannot be compared; take two circuits of one "
+                "model"
+            )
+        return other.mask
+
+    def _combined(self, other: Circuit, chosen: EdgeMask) -> Circuit:
+        """A circuit of the chosen edges, strongest first."""
+        src, dst = chosen.nonzero(as_tuple=True)
+        score = torch.where(self.mask, self._matrix(self.score), other._matrix(other.score))[src, dst]
+        order = torch.sort(score.abs(), descending=True, stable=True).indices
+        stderr = None
+        if self.stderr is not None and other.stderr is not None:
+            stderr = torch.where(self.mask, self._matrix(self.stderr), other._matrix(other.stderr))[src, dst][order]
+        return Circuit(self.graph, src[order], dst[order], score[order], stderr)
+
+    def _matrix(self, values: Tensor) -> Tensor:
+        """One number per edge as a matrix, 0 elsewhere."""
+        out = torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device)
+        out[self.src, self.dst] = values
+        return out
+
     def to_networkx(self) -> networkx.DiGraph:
         """A directed graph: nodes with kind, layer, head and slot; edges with score, stderr and weight = |score|.
 
@@ -92,6 +157,7 @@ class Circuit:
             for node in (self.graph.source_nodes[s], self.graph.destination_nodes[d]):
                 attributes = {"label": node.name, "kind": node.kind, "layer": node.layer, "stage": node.stage}
                 attributes |= {"head": -1 if node.index is None else node.index, "slot": node.slot or ""}
+                attributes |= {} if node.span is None else {"span": node.span}
                 out.add_node(node.name, **attributes)
         for i, name in enumerate(self.edge_names()):
             source, _, destination = name.partition("->")

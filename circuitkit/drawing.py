@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from circuitkit.circuit import Circuit
-from circuitkit.functional.layout import layered_x, wrap_rows
+from circuitkit.functional.layout import in_columns, layered_x, wrap_rows
 from circuitkit.graph import Graph, Node
 
 # Blue and orange stay apart under every common kind of colour blindness; fills are pale so that labels can be read.
@@ -32,6 +32,7 @@ PALETTE = {
     "head": "#e6ddf4",
     "kv": "#f4effb",
     "mlp": "#d5ecd9",
+    "neuron": "#e9f5e1",
     "unit": "#fdf0c4",
     "gate": "#fbe0d3",
     "latent": "#fbdbe8",
@@ -42,6 +43,7 @@ KIND_NAMES = {
     "head": "attention head",
     "kv": "key/value head",
     "mlp": "MLP",
+    "neuron": "MLP neurons",
     "unit": "unit",
     "gate": "gate",
     "latent": "latent",
@@ -54,7 +56,10 @@ _SAME_LAYER, _NEXT_LAYER, _WRAPPED, _ARCS = 0.9, 1.3, 0.7, 0.6
 
 @dataclass(frozen=True)
 class Box:
-    """A node as drawn: its name, kind and layer, its line (0 at the bottom) and its place, in node distances."""
+    """A node as drawn: its name, kind and layer, its line (0 at the bottom) and its place, in node distances.
+
+    A node of a graph with positions stands in the column of its span, whose name its label leaves out.
+    """
 
     name: str
     kind: str
@@ -62,6 +67,12 @@ class Box:
     line: int
     x: float
     y: float
+    span: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What is written in the box."""
+        return self.name.removesuffix(f"@{self.span}")
 
 
 @dataclass(frozen=True)
@@ -79,12 +90,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Boxes, curves (strongest first), inner links between boxes, and the label and height of each layer."""
+    """Boxes, curves (strongest first), inner links; label and height of each layer, label and middle of each span."""
 
     boxes: tuple[Box, ...]
     curves: tuple[Curve, ...]
     inner: tuple[tuple[int, int], ...]
     layers: tuple[tuple[str, float], ...]
+    spans: tuple[tuple[str, float], ...] = ()
 
     @property
     def width(self) -> float:
@@ -118,8 +130,13 @@ def draw(circuit: Circuit, *, most: int | None = None) -> Drawing:
         [[number[circuit.graph.sources[s]], number[owner[d][0]]] for s, d in zip(src, dst, strict=True)],
         dtype=int,
     ).reshape(-1, 2)
-    boxes = _place([found[name] for name in names], names, shared, ends, strength(circuit)[order])
-    return Drawing(boxes, _curves(circuit, order, ends, boxes), _inner(circuit.graph, number), _layer_labels(boxes))
+    spans = [span for span in dict.fromkeys(node.span for node in circuit.graph.source_nodes) if span is not None]
+    column = np.array([spans.index(str(found[name].span)) for name in names]) if spans and names else None
+    boxes = _place([found[name] for name in names], names, shared, ends, strength(circuit)[order], column)
+    places = {span: [box.x for box in boxes if box.span == span] for span in spans}
+    middles = tuple((span, (min(x) + max(x)) / 2) for span, x in places.items() if x)
+    curves = _curves(circuit, order, ends, boxes)
+    return Drawing(boxes, curves, _inner(circuit.graph, number), _layer_labels(boxes), middles)
 
 
 def strength(circuit: Circuit) -> np.ndarray:
@@ -191,21 +208,26 @@ def _owners(graph: Graph) -> tuple[list[tuple[str, Node]], set[str]]:
 
 
 def _place(
-    nodes: list[Node], names: list[str], shared: set[str], ends: np.ndarray, weight: np.ndarray
+    nodes: list[Node],
+    names: list[str],
+    shared: set[str],
+    ends: np.ndarray,
+    weight: np.ndarray,
+    column: np.ndarray | None,
 ) -> tuple[Box, ...]:
     levels = sorted({(node.stage, name not in shared) for node, name in zip(nodes, names, strict=True)})
     row = np.array(
         [levels.index((node.stage, name not in shared)) for node, name in zip(nodes, names, strict=True)],
         dtype=int,
     )
-    has_heads = any(node.kind == "head" for node in nodes)
+    has_heads = column is None and any(node.kind == "head" for node in nodes)
     aside = np.array([has_heads and node.kind == "mlp" for node in nodes], dtype=bool)
     x = np.zeros(len(nodes))
     inside = np.flatnonzero(~aside)
     kept = ~(aside[ends].any(1)) if len(ends) else np.zeros(0, dtype=bool)
     renumbered = np.cumsum(~aside) - 1
     x[inside] = layered_x(row[inside], renumbered[ends[kept]], weight[kept])
-    x, line = wrap_rows(x, row, WIDEST_ROW)
+    x, line = wrap_rows(x, row, WIDEST_ROW) if column is None else in_columns(x, row, column)
     # A column of their own keeps the MLPs out of the way of the edges between heads.
     x[aside] = (np.abs(x[inside]).max() if len(inside) else 0.0) + 1.3
     height, y, previous = 0.0, np.zeros(len(nodes)), None
@@ -221,15 +243,10 @@ def _place(
         y[here], previous = height, (place[0], layer)
     kinds = ["kv" if name in shared else node.kind for node, name in zip(nodes, names, strict=True)]
     return tuple(
-        Box(
-            names[i],
-            kinds[i],
-            nodes[i].layer,
-            places.index((int(row[i]), int(line[i]))),
-            float(x[i]),
-            round(float(y[i]), 6),
+        Box(name, kind, node.layer, places.index((at, part)), left, round(up, 6), node.span)
+        for name, kind, node, at, part, left, up in zip(
+            names, kinds, nodes, row.tolist(), line.tolist(), x.tolist(), y.tolist(), strict=True
         )
-        for i in range(len(nodes))
     )
 
 

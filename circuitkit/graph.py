@@ -24,11 +24,12 @@ class Node:
 
     Args:
         name: unique among writers and among readers; ``input``, ``a3.h5``, ``m3``, ``a3.h5<q>``, ``logits``.
-        kind: ``input``, ``head``, ``mlp``, ``logits``, ``unit``, ``gate``, ``latent`` or ``error``.
+        kind: ``input``, ``head``, ``kv``, ``mlp``, ``neuron``, ``logits``, ``unit``, ``gate``, ``latent`` or ``error``.
         layer: 0-based layer; -1 for the input, the number of layers for the logits.
         stage: order of computation; an edge always goes to a later stage (or, in a recurrent layer, a later step).
         index: which head, unit or latent of the layer; None if it is the only one.
         slot: what a reader reads for: ``q``, ``k``, ``v``, a gate's name, or None.
+        span: which positions it stands for (see `circuitkit.positions`); None for all of them.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Node:
     stage: int
     index: int | None = None
     slot: str | None = None
+    span: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class Graph:
     @cached_property
     def n_edges(self) -> int:
         """Number of possible edges."""
-        return int(self.mask.sum())
+        return int(self.mask.count_nonzero())
 
     @cached_property
     def roots(self) -> Tensor:
@@ -144,8 +146,8 @@ class Graph:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a JSON file; `from_dict` restores it exactly."""
         return {
-            "sources": [vars(node) for node in self.source_nodes],
-            "destinations": [vars(node) for node in self.destination_nodes],
+            "sources": [_plain(node) for node in self.source_nodes],
+            "destinations": [_plain(node) for node in self.destination_nodes],
             "mask": ["".join("01"[bit] for bit in row) for row in self.mask.int().tolist()],
             "feeds": self.feeds.nonzero().tolist(),
         }
@@ -182,6 +184,11 @@ def chain_graph(n_layers: int) -> Graph:
     feeds = torch.zeros(last, last, dtype=torch.bool)
     feeds[torch.arange(n_layers), torch.arange(1, last)] = True
     return Graph(sources, destinations, mask, feeds)
+
+
+def _plain(node: Node) -> dict[str, Any]:
+    """A node's fields; a graph without positions says nothing of spans, so its files are what they always were."""
+    return {name: value for name, value in vars(node).items() if name != "span" or value is not None}
 
 
 def _some(names: tuple[str, ...], most: int = 8) -> str:

@@ -14,9 +14,17 @@ if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects as go
 
+    from circuitkit.circuit import Circuit
+
 
 LEAST_EXAMPLES = 8
-SITE_WORDS = {"resid": "residual stream", "head": "head output", "pattern": "attention pattern", "mlp": "MLP output"}
+SITE_WORDS = {
+    "resid": "residual stream",
+    "head": "head output",
+    "pattern": "attention pattern",
+    "mlp": "MLP output",
+    "neuron": "MLP neurons",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +42,7 @@ class NodeScores:
         options: the method's options as used.
         n_examples: how many examples the mean is over.
         provenance: task, model, seconds.
+        signed: False if only magnitudes mean something.
     """
 
     values: Float[Tensor, "row column"]
@@ -46,6 +55,7 @@ class NodeScores:
     options: Mapping[str, Any] = field(default_factory=dict)
     n_examples: int = 0
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    signed: bool = True
 
     @property
     def normalised(self) -> Float[Tensor, "row column"]:
@@ -67,11 +77,39 @@ class NodeScores:
         title = ", ".join(filter(None, (str(self.provenance.get("task", "")), SITE_WORDS.get(site, site), direction)))
         across = "position, counted back from the last token" if self.columns[-1] == "end" else "head"
         up = "layer and head" if "H" in self.rows[0] else "layer"
+        if not self.rows[0].startswith("L"):  # components by name, and what was done to each
+            across, up = "", "component"
         figure = position_heatmap(self.normalised, list(self.rows), list(self.columns), title)
         return figure.update_layout(xaxis_title=across, yaxis_title=up)
 
     def __repr__(self) -> str:
         return f"NodeScores({self.method}, {len(self.rows)} x {len(self.columns)}, {self.n_examples} examples)"
+
+
+@dataclass(frozen=True, eq=False)
+class ParetoPoint:
+    """The circuit that a method chose with one value of an option, and what it was measured to do.
+
+    Args:
+        option: name of the option, as ``tau``.
+        value: its value.
+        circuit: the circuit, dangling edges pruned.
+        fidelity: mean of the metric that judged, over examples; minus the KL divergence by default.
+        objective: name of that metric.
+        faithfulness: normalised, by the task's own metric; None where it is undefined.
+    """
+
+    option: str
+    value: float
+    circuit: Circuit
+    fidelity: float
+    objective: str
+    faithfulness: float | None
+
+    @property
+    def n_edges(self) -> int:
+        """Edges in the circuit."""
+        return len(self.circuit)
 
 
 @dataclass(frozen=True)
@@ -98,7 +136,7 @@ class Result:
     Args:
         task: the task's name.
         metric: the metric's name; bigger means the behaviour is done better.
-        corrupt_value: what removed edges carry: counterfactual, mean, position-mean or zero.
+        corrupt_value: what removed edges carry: counterfactual, mean, position-mean, zero or optimal.
         clean: metric of the whole model on clean inputs.
         corrupt: metric with every edge removed.
         circuit: metric with the edges outside the circuit removed.
@@ -114,6 +152,9 @@ class Result:
         cpr: area under the signed curve (MIB's circuit performance ratio), or None.
         cmd: area between the absolute curve and 1 (MIB's circuit-model distance), or None.
         log_area: area under the signed curve over log10 of the size, divided by its width, or None.
+        mean_of_ratios: mean over examples of each one's own (circuit - corrupt) / (clean - corrupt), or None; a few
+            examples with a small denominator can rule it, so `faithfulness`, a ratio of means, is the summary.
+        ratios_left_out: examples left out of that mean, because their own clean - corrupt is zero up to rounding.
         known: AUROC of the ranking and precision and recall of the circuit against the known circuit, or None.
         seconds: wall-clock time of the evaluation.
         seed: seed of the random circuits and the bootstrap.
@@ -140,6 +181,8 @@ class Result:
     known: Mapping[str, float | None] | None = None
     seconds: float = 0.0
     seed: int = 0
+    mean_of_ratios: float | None = None
+    ratios_left_out: int = 0
 
     @property
     def defined(self) -> bool:

@@ -21,7 +21,8 @@ from circuitkit.errors import FormatError, GraphError
 from circuitkit.graph import Graph
 from circuitkit.result import Result
 
-VERSIONS = {"circuit": 1, "scores": 1, "result": 1}
+_MEASURES = ("completeness", "minimality", "test", "stability", "overlap", "controls")
+VERSIONS = {"circuit": 1, "scores": 1, "result": 1, "learning": 1} | dict.fromkeys(_MEASURES, 1)
 _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -42,6 +43,7 @@ class _Node(_Strict):
     stage: int
     index: int | None = None
     slot: str | None = None
+    span: str | None = None
 
 
 class _Graph(_Strict):

@@ -21,6 +21,7 @@ from circuitkit.models.base import load
 from circuitkit.models.hooked import Model
 from circuitkit.models.native import NativeConfig, NativeTransformer
 from circuitkit.models.tl_layout import native_model
+from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 
@@ -51,13 +52,18 @@ def _method_laws(name: str, model: Model, options: dict[str, Any]) -> Iterator[t
     """Each law and whether it holds, tested one after the other."""
     task = tiny_task(model)
 
+    def scored(task: Task, **common: Any) -> Scores:
+        scores: Scores = score(model, task, name, progress=False, **common, **options)
+        return scores
+
     def run(task: Task, **common: Any) -> Tensor:
-        return score(model, task, name, progress=False, **common, **options).values
+        return scored(task, **common).values
 
     before = _state(model.module)
-    values = run(task)
+    scores = scored(task)
+    values = scores.values
     yield "the model is left as found", _state(model.module) == before
-    yield "impossible edges score 0", not values[~model.graph.mask].any()
+    yield "impossible edges score 0", not values[~scores.graph.mask].any()
     yield "scores are finite", bool(values.isfinite().all())
     yield "identical pairs score exactly 0", not run(_identical(task)).any()
     yield "the batch size changes nothing", _close(run(task, batch_size=1), values)

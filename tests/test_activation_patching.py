@@ -22,6 +22,7 @@ def patched_metric(model, task, i, site, layer, node, positions, donor, base):
     at = {
         "head": block.attn.hook_z, "q": block.attn.hook_q, "k": block.attn.hook_k, "v": block.attn.hook_v,
         "pattern": block.attn.hook_pattern, "mlp": getattr(block, "mlp", None), "resid": block,
+        "neuron": block.mlp.hook_hidden if hasattr(block, "mlp") else None,
     }[site]  # fmt: skip
 
     def keep(_module, args, out=None):
@@ -32,6 +33,8 @@ def patched_metric(model, task, i, site, layer, node, positions, donor, base):
         for p in positions:
             if site == "pattern":
                 x[:, node, p] = seen["x"][:, node, p]
+            elif site == "neuron":
+                x[:, p, 5 * node : 5 * node + 5] = seen["x"][:, p, 5 * node : 5 * node + 5]
             elif x.dim() == 4:
                 x[:, p, node] = seen["x"][:, p, node]
             else:
@@ -59,13 +62,14 @@ def patched_metric(model, task, i, site, layer, node, positions, donor, base):
 @pytest.mark.parametrize("per_position", [True, False])
 def test_effects_equal_a_literal_run(site, direction, per_position):
     model = random_model(heads=(4, 2), gated=True, n_layers=2)
+    model = model.split_mlps(5) if site == "neuron" else model
     task = random_task(model, n=3, lengths=torch.tensor([6, 4, 6]))
     got = ck.score(
         model, task, "activation-patching", site=site, direction=direction, per_position=per_position, progress=False
     )
     donor, base = ("corrupt", "clean") if direction == "noising" else ("clean", "corrupt")
     sign = 1 if direction == "noising" else -1
-    nodes = {"resid": 1, "mlp": 1, "k": 2, "v": 2}.get(site, 4)
+    nodes = {"resid": 1, "mlp": 1, "k": 2, "v": 2, "neuron": 2}.get(site, 4)
     layers = 3 if site == "resid" else 2
     for layer in range(layers):
         for node in range(nodes):

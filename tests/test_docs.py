@@ -56,3 +56,10 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_has_an_example():
     assert BLOCK.search((ROOT / "README.md").read_text())
+
+
+def test_the_index_says_of_every_method_when_to_take_it():
+    from circuitkit.methods.base import METHODS
+
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert [name for name in METHODS if f"(methods/{name}.md)" not in index] == []

@@ -12,8 +12,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # From the bottom up. Modules of one layer do not know each other, unless KNOWS says so.
 LAYERS = (
-    ("errors", "shapes", "registry", "resources", "atomic", "result"),
-    ("functional", "graph"),
+    ("errors", "shapes", "registry", "resources", "atomic", "result", "measures", "comparisons"),
+    ("functional", "graph", "positions"),
     ("circuit",),
     ("scores",),
     ("schema", "drawing", "models", "tasks", "dictionaries"),
@@ -29,8 +29,11 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 KNOWS = {
     ("registry", "errors"),
     ("resources", "errors"),
+    ("comparisons", "measures"),
     ("atomic", "errors"),
     ("graph", "functional"),
+    ("positions", "functional"),
+    ("positions", "graph"),
     ("drawing", "schema"),
     ("evaluation", "analysis"),
     ("exporters", "figures"),

@@ -56,7 +56,7 @@ def _order(scores: Scores, *, absolute: bool) -> Tensor:
 def curve_points(sizes: list[Size], faithfulness: list[float | None]) -> tuple[CurvePoint, ...]:
     """What was measured at each size."""
     return tuple(
-        CurvePoint(size.fraction, int(size.mask.sum()), f, size.absolute)
+        CurvePoint(size.fraction, int(size.mask.count_nonzero()), f, size.absolute)
         for size, f in zip(sizes, faithfulness, strict=True)
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitkit.circuit import Circuit
-from circuitkit.errors import GraphError
 from circuitkit.evaluation.curve import areas, curve_circuits, curve_points
+from circuitkit.evaluation.positions import against_known, layout_for, position_metrics
 from circuitkit.functional import select
-from circuitkit.functional.stats import auroc, bootstrap_mean, bootstrap_ratio
-from circuitkit.methods.base import check_task, clean_and_corrupt, corrupt_writes, matrix_bytes, with_reference
+from circuitkit.functional.stats import bootstrap_mean, bootstrap_ratio
+from circuitkit.methods.base import check_task, corrupt_writes, matrix_bytes, with_reference
 from circuitkit.methods.plan import Plan
-from circuitkit.models.circuits import run_circuits
 from circuitkit.models.hooked import Model
+from circuitkit.models.neurons import group_size
+from circuitkit.models.sweep import record_streams, start_sweep
 from circuitkit.result import Result
 from circuitkit.tasks.base import Batch, Task
+from circuitkit.tasks.spans import fitted_to
 
 N_RANDOM = 20
 
@@ -51,6 +54,7 @@ def evaluate(
 
     Raises:
         GraphError: if the circuit belongs to another model's graph.
+        TaskError: if the circuit has positions, and the task other spans.
 
     >>> import circuitkit as ck
     >>> model = ck.load("induction/trained")
@@ -60,20 +64,19 @@ def evaluate(
     True
     """
     start = time.perf_counter()
-    if not circuit.graph.same_as(model.graph):
-        raise GraphError(
-            f"this circuit is not of {model.name}: its graph has other nodes; load the model it was found in"
-        )
+    layout = layout_for(model, circuit.graph)
     check_task(model, task)
+    task = task if layout is None else fitted_to(task, layout.spans)
     plan = Plan.of(batch_size, budget, progress, seed)
     scores = circuit.scores if curve else None
-    corrupt_value = corrupt_value or _scored_with(circuit)
+    corrupt_value = corrupt_value or scored_with(circuit)
     sizes = [] if scores is None else curve_circuits(scores)
     random = random_masks(circuit, seed)
     masks = [torch.zeros_like(circuit.mask), circuit.mask, *random, *(size.mask for size in sizes)]
-    clean, values = circuit_metrics(model, task, torch.stack(masks), plan=plan, corrupt_value=corrupt_value)
+    metrics = circuit_metrics if layout is None else partial(position_metrics, layout=layout)
+    clean, values = metrics(model, task, torch.stack(masks), plan=plan, corrupt_value=corrupt_value)
     nothing, kept = values[0], values[1]
-    measured, *others = [_ratio(v, nothing, clean) for v in values[1:]]
+    measured, *others = [normalised(v, nothing, clean) for v in values[1:]]
     points = curve_points(sizes, others[len(random) :])
     return Result(
         task=task.name,
@@ -86,20 +89,22 @@ def evaluate(
         faithfulness_interval=(
             None if measured is None else bootstrap_ratio(kept - nothing, clean - nothing, seed=seed)
         ),
+        **_mean_of_ratios(kept, nothing, clean),
         **_baseline([f for f in others[: len(random)] if f is not None]),
         n_edges=len(circuit),
-        n_possible=model.graph.n_edges,
+        n_possible=circuit.graph.n_edges,
         n_examples=len(task),
         gap_interval=bootstrap_mean(clean - nothing, seed=seed),
         curve_points=points,
         **areas(points),
-        known=None if task.known is None else _against_known(circuit, task.known),
+        # Known circuits are of whole MLPs: which neurons of one belong to it, nobody has said.
+        known=None if task.known is None or group_size(circuit.graph) else against_known(circuit, task.known, layout),
         seconds=round(time.perf_counter() - start, 3),
         seed=seed,
     )
 
 
-def _scored_with(circuit: Circuit) -> str:
+def scored_with(circuit: Circuit) -> str:
     """What removed edges carried when the circuit was found."""
     options = circuit.scores.options if circuit.scores else circuit.meta.get("options", {})
     return str(options.get("corrupt_value", "counterfactual"))
@@ -120,13 +125,15 @@ def circuit_metrics(
         corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
 
         def one_chunk(batch: Batch, plan: Plan) -> tuple[Tensor, Tensor]:
-            run, corrupt = clean_and_corrupt(model, batch, corrupt_of)
+            run, streams = record_streams(model, batch.clean)
+            corrupt = model.record(batch.corrupt).writes if corrupt_of is None else corrupt_of(run)
             batch = with_reference(model, task, batch, run)
             clean = task.metric(model.logits(run.inputs[-1], batch.positions), batch)
-            at_once = max(1, plan.rows(2 * matrix_bytes(model, batch), model.device) // len(batch))
+            sweep = start_sweep(model, run, streams, corrupt)
+            at_once = max(1, plan.rows(1.25 * matrix_bytes(model, batch), model.device) // len(batch))
             values = []
             for group in masks.split(at_once):
-                logits = run_circuits(model, run, corrupt, group, batch.positions)
+                logits = sweep.logits(group, batch.positions)
                 many = batch.rows(torch.arange(len(batch), device=logits.device).repeat(len(group)))
                 values.append(task.metric(logits.flatten(0, 1), many).unflatten(0, (len(group), -1)))
                 bar.update(len(group) * len(batch))
@@ -150,21 +157,18 @@ def random_masks(circuit: Circuit, seed: int) -> list[Tensor]:
     return out
 
 
-def _ratio(values: Tensor, nothing: Tensor, clean: Tensor) -> float | None:
+def _mean_of_ratios(values: Tensor, nothing: Tensor, clean: Tensor) -> dict[str, Any]:
+    """The mean over examples of each one's own faithfulness, and how many have no gap to divide by."""
+    gap = clean - nothing
+    enough = gap.abs() > 1e-5 * torch.maximum(clean.abs(), nothing.abs()).clamp(min=1e-6)
+    ratios = (values - nothing)[enough] / gap[enough]
+    mean = float(ratios.mean()) if len(ratios) else None
+    return {"mean_of_ratios": mean, "ratios_left_out": int((~enough).sum())}
+
+
+def normalised(values: Tensor, nothing: Tensor, clean: Tensor) -> float | None:
     """Normalised faithfulness; None where clean and corrupt metrics are equal up to rounding."""
     gap = float(clean.mean() - nothing.mean())
     if abs(gap) <= 1e-5 * max(float(clean.abs().mean()), float(nothing.abs().mean()), 1e-6):
         return None
     return float(values.mean() - nothing.mean()) / gap
-
-
-def _against_known(circuit: Circuit, known: tuple[str, ...]) -> dict[str, float | None]:
-    graph, truth = circuit.graph, circuit.graph.edge_mask(known)
-    hits = int((circuit.mask & truth).sum())
-    out: dict[str, float | None] = {
-        "precision": hits / len(circuit) if len(circuit) else 0.0,
-        "recall": hits / max(int(truth.sum()), 1),
-    }
-    if circuit.scores is not None:
-        out["auroc"] = auroc(circuit.scores.values[graph.mask].abs(), truth[graph.mask])
-    return out

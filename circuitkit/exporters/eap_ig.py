@@ -101,6 +101,8 @@ def ungrouped_edges(graph: Graph) -> Iterator[tuple[int, int, str, float]]:
 def _config(circuit: Circuit) -> dict[str, Any]:
     graph = circuit.graph
     nodes = (*graph.source_nodes, *graph.destination_nodes)
+    if any(node.span is not None for node in nodes):
+        raise FormatError("EAP-IG's JSON has no positions, and this graph does; export to graphml or json")
     strangers = sorted({node.kind for node in nodes} - {"input", "head", "kv", "mlp", "logits"})
     layers = [node.layer for node in graph.source_nodes if node.kind == "head"]
     if strangers or not layers:

@@ -51,6 +51,9 @@ def circuit_figure(circuit: Circuit, *, most: int = MOST_EDGES) -> go.Figure:
             xanchor="left",
             font={"color": PALETTE["muted"]},
         )
+    for text, across in drawing.spans:
+        above = f"<b>{html.escape(visible(text), quote=False)}</b>"
+        figure.add_annotation(x=across, y=drawing.height + 0.9, text=above, showarrow=False)
     if not drawing.boxes:
         figure.add_annotation(text="this circuit has no edges", showarrow=False, font={"size": 16}, x=0, y=0)
     figure.update_layout(
@@ -135,7 +138,7 @@ def _add_boxes(figure: go.Figure, drawing: Drawing) -> None:
                     "line": {"color": PALETTE["muted"], "width": 1},
                     "opacity": 1,
                 },
-                text=[html.escape(visible(box.name), quote=False) for _, box in members],
+                text=[html.escape(visible(box.label), quote=False) for _, box in members],
                 textfont={"size": 9 if crowded else 11, "color": PALETTE["text"]},
                 hovertext=[_box_text(drawing, i) for i, _ in members],
                 hovertemplate="%{hovertext}<extra></extra>",

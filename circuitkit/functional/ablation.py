@@ -1,4 +1,6 @@
-"""What a removed edge or component carries: its value on the paired corrupt input, a mean over the task, or zero."""
+"""What a removed edge or component carries: its value on the paired corrupt input, a mean over the task, zero, or
+a learned constant (`circuitkit.methods.optimal_constants`).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from circuitkit.errors import OptionError
 from circuitkit.functional.norms import at_least_float32
 
-CORRUPT_VALUES = ("counterfactual", "mean", "position-mean", "zero")
+CORRUPT_VALUES = ("counterfactual", "mean", "position-mean", "zero", "optimal")
 
 
 def check_corrupt_value(name: str) -> None:

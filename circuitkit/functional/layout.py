@@ -81,6 +81,29 @@ def wrap_rows(x: Positions, row: Rows, widest: int) -> tuple[Positions, Int[np.n
     return x, line
 
 
+def in_columns(x: Positions, row: Rows, column: Rows, widest: int = 3) -> tuple[Positions, Int[np.ndarray, node]]:
+    """Nodes in columns side by side: new places, and each node's line within its row.
+
+    Within a column a row keeps the order of ``x``, and is broken into lines of at most ``widest`` nodes.
+
+    >>> x, line = in_columns(np.array([0.0, 1.0, 0.0]), np.array([0, 0, 0]), np.array([0, 0, 1]))
+    >>> x.tolist(), line.tolist()
+    ([-1.25, -0.25, 1.25], [0, 0, 0])
+    """
+    place, line, left, gap = np.zeros(len(row)), np.zeros(len(row), dtype=int), 0.0, 0.5
+    for number in np.unique(column):
+        mine, width = np.flatnonzero(column == number), 1
+        for level in np.unique(row[mine]):
+            members = mine[row[mine] == level]
+            members = members[np.argsort(x[members], kind="stable")]
+            for i, part in enumerate(np.array_split(members, -(-len(members) // widest))):
+                line[part], width = i, max(width, len(part))
+                place[part] = np.arange(len(part)) - (len(part) - 1) / 2
+        place[mine] += left + (width - 1) / 2
+        left += width + gap
+    return place - (left - gap - 1) / 2, line
+
+
 def _settle(x: Positions, row: Rows, edges: Ends, weight: np.ndarray, level: int, upward: bool) -> Positions:
     """Reorder one row by the weighted mean place of its neighbours below (upward) or above it."""
     total, mass = np.zeros(len(x)), np.zeros(len(x))

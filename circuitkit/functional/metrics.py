@@ -52,8 +52,16 @@ class Metric:
             )
         bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
         if bad:
-            raise MetricError(f"metric {self.name!r} is not finite on examples {bad[:8]}; check the model's logits")
+            raise MetricError(f"metric {self.name!r} is not finite on examples {bad[:8]}; {self._why(logits, bad)}")
         return values
+
+    def _why(self, logits: Logits, bad: list[int]) -> str:
+        """What a person should look at when values are not finite."""
+        if logits[bad].isnan().any():
+            return "the logits there are NaN, the recorded streams are not: check the final norm and the unembedding"
+        if logits[bad].isposinf().any():
+            return "the logits there are infinite: check the unembedding, or load the model in float32"
+        return "the logits there are numbers, so it is the metric's formula that fails"
 
     def _check_batch(self, logits: Logits, batch: Any) -> None:
         # Unchecked, a wrong shape would broadcast to a plausible number, and on a GPU a wrong id ends the

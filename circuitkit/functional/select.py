@@ -25,21 +25,30 @@ def prune_dangling(chosen: EdgeMask, feeds: Bool[Tensor, "dst src"]) -> EdgeMask
     >>> prune_dangling(torch.tensor([[True, False], [False, True]]), feeds).sum().item()
     2
     """
-    edges, feeds = chosen.float(), feeds.float()
-    from_root, to_sink = ~feeds.any(0), ~feeds.any(1)
-    while True:
-        reads = (from_root.float() @ edges) > 0
-        grown = from_root | ((reads.float() @ feeds) > 0)
-        if torch.equal(grown, from_root):
-            break
-        from_root = grown
-    while True:
-        used = (edges @ to_sink.float()) > 0
-        grown = to_sink | ((feeds @ used.float()) > 0)
-        if torch.equal(grown, to_sink):
-            break
-        to_sink = grown
-    return chosen & from_root[:, None] & to_sink[None, :]
+    edges = chosen.nonzero()
+    kept = edges[_connected(edges, feeds.nonzero(), chosen)]
+    return first_edges(kept, len(kept), chosen)
+
+
+def _connected(edges: Int[Tensor, "edge two"], fed: Int[Tensor, "pair two"], like: EdgeMask) -> Bool[Tensor, " edge"]:
+    """Which edges lie on a path from a root to a sink; ``fed`` are (reader, writer) pairs.
+
+    Lists, not matrices: a graph with positions has tens of millions of entries and a few hundred thousand edges.
+    """
+    (src, dst), (reader, writer) = edges.T, fed.T
+    from_root, to_sink = like.new_ones(like.shape[0]), like.new_ones(like.shape[1])
+    from_root[writer] = False
+    to_sink[reader] = False
+    reads, used = torch.zeros_like(to_sink), torch.zeros_like(from_root)
+    count = -1
+    while count < (count := int(from_root.sum())):
+        reads[dst[from_root[src]]] = True
+        from_root[writer[reads[reader]]] = True
+    count = -1
+    while count < (count := int(to_sink.sum())):
+        used[src[to_sink[dst]]] = True
+        to_sink[reader[used[writer]]] = True
+    return from_root[src] & to_sink[dst]
 
 
 def ranked_edges(values: EdgeMatrix, mask: EdgeMask, *, absolute: bool) -> Int[Tensor, "edge two"]:
@@ -66,13 +75,15 @@ def largest_connected(
     ``n`` and then pruning (as MIB does) can leave no edge at all.
     """
     low, high = min(n, len(order)), len(order)
+    fed = feeds.nonzero()
     while low < high:
         middle = (low + high + 1) // 2
-        if int(prune_dangling(first_edges(order, middle, mask), feeds).sum()) <= n:
+        if int(_connected(order[:middle], fed, mask).sum()) <= n:
             low = middle
         else:
             high = middle - 1
-    return prune_dangling(first_edges(order, low, mask), feeds)
+    kept = order[:low][_connected(order[:low], fed, mask)]
+    return first_edges(kept, len(kept), mask)
 
 
 def grown_order(values: EdgeMatrix, mask: EdgeMask, feeds: Bool[Tensor, "dst src"], *, absolute: bool) -> Tensor:
@@ -80,17 +91,16 @@ def grown_order(values: EdgeMatrix, mask: EdgeMask, feeds: Bool[Tensor, "dst src
 
     Needed where scores are comparable within a reader only (Ferrando and Voita 2024, information flow routes).
     """
-    strength = (values.abs() if absolute else values).tolist()
-    into = [column.nonzero().flatten().tolist() for column in mask.T]
-    inputs = [column.nonzero().flatten().tolist() for column in feeds.T]
+    values, into, inputs = values.abs() if absolute else values, _by_column(mask), _by_column(feeds)
+    strength = [values[rows, column].tolist() for column, rows in enumerate(into)]
     queue: list[tuple[float, int, int]] = []
     reached_reader, reached_writer = set[int](), set[int]()
 
     def open_reader(dst: int) -> None:
         if dst not in reached_reader:
             reached_reader.add(dst)
-            for src in into[dst]:
-                heapq.heappush(queue, (-strength[src][dst], src, dst))
+            for src, value in zip(into[dst], strength[dst], strict=True):
+                heapq.heappush(queue, (-value, src, dst))
 
     for dst in (~feeds.any(1)).nonzero().flatten().tolist():
         open_reader(dst)
@@ -114,11 +124,10 @@ def random_connected(n: int, mask: EdgeMask, feeds: Bool[Tensor, "dst src"], gen
     possible = mask.nonzero()
     order = possible[torch.randperm(len(possible), generator=generator)]
     chosen = largest_connected(order, n, mask, feeds)
-    if int(chosen.sum()) >= 0.95 * n:
+    if int(chosen.count_nonzero()) >= 0.95 * n:
         return chosen
     edges, rejected = set[tuple[int, int]](), 0
-    into = [column.nonzero().flatten().tolist() for column in mask.T]
-    inputs = [column.nonzero().flatten().tolist() for column in feeds.T]
+    into, inputs = _by_column(mask), _by_column(feeds)
     sinks = (~feeds.any(1)).nonzero().flatten().tolist()
     while rejected < 20 and len(edges) < n:
         joined = edges.union(_walk_to_root(sinks, into, inputs, generator))
@@ -147,10 +156,18 @@ def _fill(chosen: EdgeMask, n: int, order: Int[Tensor, "edge two"], feeds: Bool[
     writers = chosen.any(1) | ~feeds.any(0)
     readers = chosen.any(0) | ~feeds.any(1)
     new = order[writers[order[:, 0]] & readers[order[:, 1]] & ~chosen[order[:, 0], order[:, 1]]]
-    new = new[: n - int(chosen.sum())]
+    new = new[: n - int(chosen.count_nonzero())]
     chosen = chosen.clone()
     chosen[new[:, 0], new[:, 1]] = True
     return prune_dangling(chosen, feeds)
+
+
+def _by_column(matrix: Bool[Tensor, "row column"]) -> list[list[int]]:
+    """The rows that are set in each column."""
+    rows, columns = matrix.nonzero(as_tuple=True)
+    columns, order = columns.sort(stable=True)
+    counts = torch.bincount(columns, minlength=matrix.shape[1]).tolist()
+    return [part.tolist() for part in rows[order].split(counts)]
 
 
 def _pick(items: list[int], generator: torch.Generator) -> int:

@@ -35,10 +35,20 @@ class Moments:
         return (self._squares / max(self.n - 1, 1) / max(self.n, 1)).sqrt()
 
 
-def bootstrap_ratio(top: Float[Tensor, " batch"], bottom: Float[Tensor, " batch"], *, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of mean(top) / mean(bottom) under resampling of the examples."""
+def bootstrap_ratio(
+    top: Float[Tensor, " batch"], bottom: Float[Tensor, " batch"], *, seed: int
+) -> tuple[float, float] | None:
+    """95 % percentile interval of mean(top) / mean(bottom) under resampling of the examples.
+
+    None if the ratio is undefined in more than one resample of twenty: then there is no interval to speak of.
+
+    >>> bootstrap_ratio(torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 1.0]), seed=0) is None
+    True
+    """
     index = _resamples(len(top), seed)
-    return _interval(top.cpu().double()[index].mean(1) / bottom.cpu().double()[index].mean(1))
+    ratios = top.cpu().double()[index].mean(1) / bottom.cpu().double()[index].mean(1)
+    defined = ratios[ratios.isfinite()]
+    return _interval(defined) if len(defined) >= 0.95 * len(ratios) else None
 
 
 def bootstrap_mean(values: Float[Tensor, " batch"], *, seed: int) -> tuple[float, float]:
@@ -67,6 +77,28 @@ def auroc(values: Float[Tensor, " item"], positive: Bool[Tensor, " item"]) -> fl
     below = torch.searchsorted(downs, ups, right=False)
     through = torch.searchsorted(downs, ups, right=True)
     return float((below + through).double().mean() / 2 / len(downs))
+
+
+def roc_curve(
+    values: Float[Tensor, " item"], positive: Bool[Tensor, " item"]
+) -> tuple[list[float], list[float], list[float]] | None:
+    """False and true positive rates and thresholds, items taken from the highest value down, from (0, 0) to (1, 1).
+
+    Items of equal value are taken together, so a tie is a straight line and the area by trapezoids is `auroc` exactly.
+    None if one side is empty. The first threshold is infinite: nothing is taken.
+
+    >>> false, true, _ = roc_curve(torch.tensor([3.0, 1.0, 1.0]), torch.tensor([True, True, False]))
+    >>> false, true, trapezoid(true, false)
+    ([0.0, 0.0, 1.0], [0.0, 0.5, 1.0], 0.75)
+    """
+    n_up, n_down = int(positive.sum()), int((~positive).sum())
+    if n_up == 0 or n_down == 0:
+        return None
+    levels, group = torch.unique(-values.double(), return_inverse=True)  # ascending, so the highest value comes first
+    ups = torch.zeros(len(levels), dtype=torch.float64).index_add(0, group, positive.double())
+    downs = torch.zeros(len(levels), dtype=torch.float64).index_add(0, group, (~positive).double())
+    false, true = ([0.0, *(counts.cumsum(0) / n).tolist()] for counts, n in ((downs, n_down), (ups, n_up)))
+    return false, true, [float("inf"), *(-levels).tolist()]
 
 
 def trapezoid(y: list[float], x: list[float]) -> float:

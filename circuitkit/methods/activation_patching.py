@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from circuitkit.errors import OptionError
-from circuitkit.functional.ablation import check_corrupt_value, task_mean
+from circuitkit.functional.ablation import check_corrupt_value
 from circuitkit.methods.base import method, run_bytes, with_reference
+from circuitkit.methods.nodes import corrupt_activations, longest, node_moments, node_table, position_columns
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model, Run
 from circuitkit.models.sites import Place, activations, editor, find_places, selection
@@ -50,8 +51,8 @@ def activation_patching(
             "denoising patches clean activations into a corrupt run, so corrupt_value must be 'counterfactual'"
         )
     places = find_places(model, site)
-    means = _means(model, task, plan, site, places, corrupt_value)
-    width = max(batch.clean.shape[1] for batch in task.batches)
+    means = corrupt_activations(model, task, plan, site, places, corrupt_value)
+    width = longest(task)
     noising = direction == "noising"
 
     def one_chunk(batch: Batch, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ def activation_patching(
         ends = [task.metric(model.logits(run.inputs[-1], batch.positions), batch) for run in runs]
         base, source, reference = (*runs, ends[0]) if noising else (*runs[::-1], ends[1])
         values = activations(model, source, places) if means is None else [m.to(source.inputs[0]) for m in means]
-        columns = _columns(batch, width) if per_position else _all_positions(batch)
+        columns = position_columns(batch, width) if per_position else _all_positions(batch)
         effects = [
             _patch(model, task, plan, batch, base, place, value, columns, reference)
             for place, value in zip(places, values, strict=True)
@@ -68,34 +69,8 @@ def activation_patching(
         return torch.cat(effects, 1) * (1 if noising else -1), torch.stack(ends, 1)
 
     parts = list(plan.over(task, model.device, f"patching {site}", lambda b: run_bytes(model, b), one_chunk))
-    clean, corrupt = torch.cat([ends for _, ends in parts]).mean(0).tolist()
-    mean, stderr = _moments(torch.cat([effects for effects, _ in parts]).cpu().double())
-    rows, names = _labels(site, places, per_position, width)
-    shape = (len(rows), len(names))
-    return NodeScores(mean.reshape(shape), stderr.reshape(shape), rows, names, clean, corrupt, n_examples=len(task))
-
-
-def _means(
-    model: Model, task: Task, plan: Plan, site: str, places: list[Place], corrupt_value: str
-) -> list[Tensor] | None:
-    if corrupt_value == "counterfactual":
-        return None
-    if site == "pattern" and corrupt_value != "zero" and len({b.clean.shape[1] for b in task.batches}) > 1:
-        raise OptionError("a mean pattern needs pairs of one length")
-
-    def one_chunk(batch: Batch, _plan: Plan) -> tuple[list[Tensor], Tensor]:
-        return activations(model, model.record(batch.clean), places), batch.lengths
-
-    recorded = list(plan.over(task, model.device, "mean activations", lambda b: 2 * run_bytes(model, b), one_chunk))
-    per_position = corrupt_value == "position-mean"
-    means = [task_mean(((v[i], n) for v, n in recorded), per_position=per_position) for i in range(len(places))]
-    return [torch.zeros_like(m) for m in means] if corrupt_value == "zero" else means
-
-
-def _columns(batch: Batch, width: int) -> Tensor:
-    """Which position each column means in each example: counted from the end, so that answers line up; -1 for none."""
-    ends = batch.lengths[:, None] - width + torch.arange(width, device=batch.clean.device)
-    return ends.clamp(min=-1)[..., None]
+    effects, ends = (torch.cat(some) for some in zip(*parts, strict=True))
+    return node_table(site, places, per_position, width, node_moments(effects), ends)
 
 
 def _all_positions(batch: Batch) -> Tensor:
@@ -128,20 +103,3 @@ def _patch(
         effect = torch.where((where >= 0).any(1), reference[rows] - patched, torch.nan)
         found.append(effect.unflatten(0, (len(node), len(batch))).T)
     return torch.cat(found, 1).unflatten(1, (n, -1))
-
-
-def _moments(effects: Tensor) -> tuple[Tensor, Tensor]:
-    count = effects.isfinite().sum(0)
-    mean = effects.nanmean(0)
-    spread = (effects - mean).square().nansum(0) / (count - 1).clamp(min=1)
-    return mean.float().cpu(), (spread / count.clamp(min=1)).sqrt().float().cpu()
-
-
-def _labels(site: str, places: list[Place], per_position: bool, width: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    n, blocks = places[0].n, [f"L{place.block}" for place in places]
-    if site == "resid":
-        blocks[-1] = "final"
-    if per_position:
-        rows = [b if n == 1 else f"{b}H{i}" for b in blocks for i in range(n)]
-        return tuple(rows), tuple(str(i - width + 1) if i < width - 1 else "end" for i in range(width))
-    return tuple(blocks), tuple("all" if n == 1 else f"H{i}" for i in range(n))

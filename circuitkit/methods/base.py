@@ -14,6 +14,7 @@ from torch import Tensor
 from circuitkit.errors import MetricError, OptionError, TaskError
 from circuitkit.functional.ablation import check_corrupt_value, task_mean
 from circuitkit.functional.stats import Moments
+from circuitkit.methods.kinds import check_kinds
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model, Run
 from circuitkit.registry import Registry
@@ -24,10 +25,12 @@ from circuitkit.tasks.base import Batch, Task
 class Method(Protocol):
     """``(model, task, *, plan, <options>) -> Scores``; keyword-only arguments are the options a user can set.
 
-    A method with ``level = "node"`` scores components and returns `NodeScores`.
+    A method with ``level = "node"`` scores components and returns `NodeScores`; one with ``positions`` scores the edges
+    of a graph with positions, which the task's spans make of the model's.
     """
 
     level: str
+    positions: bool
 
     def __call__(self, model: Model, task: Task, *, plan: Plan, **options: Any) -> Any:
         """Score every edge or node."""
@@ -36,11 +39,11 @@ class Method(Protocol):
 METHODS: Registry[Method] = Registry("method", "circuitkit.methods")
 
 
-def method(name: str, *, level: str = "edge") -> Callable[[Any], Any]:
+def method(name: str, *, level: str = "edge", positions: bool = False) -> Callable[[Any], Any]:
     """Register a method under the name that users type; ``level`` says whether it scores edges or nodes."""
 
     def register(function: Any) -> Any:
-        function.level = level
+        function.level, function.positions = level, positions
         return METHODS.add(name)(function)
 
     return register
@@ -84,17 +87,34 @@ def score(
     start = time.perf_counter()
     with torch.no_grad(), model.quiet():
         scores = function(model, task, plan=plan, **options)
-    if scores.values.isinf().any() or (function.level == "edge" and scores.values.isnan().any()):
-        raise MetricError(
-            f"{method} gave scores that are not finite on task {task.name!r}; check the metric's gradient"
-        )
+    if function.level == "edge":
+        _check_finite(scores, task)
+    elif scores.values.isinf().any():
+        raise MetricError(f"{method} gave infinite scores on task {task.name!r}; check the metric")
     about = {"task": task.name, "metric": task.metric.name, "model": model.name, "seed": seed}
     about["seconds"] = round(time.perf_counter() - start, 3)
     return replace(scores, method=method, options=options, provenance={**scores.provenance, **about})
 
 
+def _check_finite(scores: Scores, task: Task) -> None:
+    """Refuse scores that are no numbers, naming the earliest reader that has one. Raises MetricError."""
+    bad = ~scores.values.isfinite() & scores.graph.mask
+    if bad.any():
+        column = int(bad.any(0).nonzero()[0])
+        row = int(bad[:, column].nonzero()[0])
+        first = f"{scores.graph.sources[row]}->{scores.graph.destinations[column]}"
+        raise MetricError(
+            f"{int(bad.sum())} of {scores.graph.n_edges} scores on task {task.name!r} are NaN or infinite, "
+            f"first that of {first}; the runs themselves were finite: check the metric's gradient"
+        )
+
+
 def checked_options(name: str, function: Method, options: dict[str, Any]) -> dict[str, Any]:
-    """The method's options with defaults filled in. Raises OptionError for one that it does not have."""
+    """The method's options with defaults filled in.
+
+    Raises:
+        OptionError: for an option that the method does not have, or a value of the wrong kind.
+    """
     known = {
         p.name: p.default
         for p in inspect.signature(function).parameters.values()
@@ -103,6 +123,7 @@ def checked_options(name: str, function: Method, options: dict[str, Any]) -> dic
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise OptionError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}")
+    check_kinds(name, function, options)
     return known | options
 
 
@@ -157,7 +178,7 @@ CorruptWrites = Callable[[Run], tuple[Tensor, ...]] | None
 def corrupt_writes(model: Model, task: Task, plan: Plan, corrupt_value: str) -> CorruptWrites:
     """A function from a clean run to what each write site carries along a removed edge; None for the paired run itself.
 
-    Means are over the clean inputs of the whole task, padding left out.
+    Means are over the clean inputs of the whole task, padding left out; optimal constants are learned on them.
 
     Raises:
         OptionError: if the name is not one of `CORRUPT_VALUES`.
@@ -167,6 +188,10 @@ def corrupt_writes(model: Model, task: Task, plan: Plan, corrupt_value: str) -> 
         return None
     if corrupt_value == "zero":
         return lambda run: tuple(torch.zeros_like(w) for w in run.writes)
+    if corrupt_value == "optimal":
+        from circuitkit.methods.optimal_constants import optimal_writes  # which needs what is in this file
+
+        return optimal_writes(model, task, plan)
     per_position = corrupt_value == "position-mean"
     sites = range(len(model.wiring.write_sites))
     recorded = list(
@@ -206,7 +231,8 @@ def backward_bytes(model: Model, batch: Batch) -> float:
     For GPT-2 small at 16 tokens it says 18.3 MB; 18.5 MB were measured.
     """
     length, d = batch.clean.shape[1], model.wiring.width
-    heads = max(site.n for site in model.wiring.read_sites)
+    nodes = model.graph.destination_nodes
+    heads = max(site.n for site in model.wiring.read_sites if nodes[site.first].kind != "neuron")
     return 4.0 * len(model.wiring.blocks) * length * (30 * d + 4 * heads * length)
 
 

@@ -5,6 +5,7 @@
 Exact where the model is linear between the edge's reader and the logits. Wrong where something saturates: attention
 patterns near 0 or 1, a metric that is flat at the clean run (KL: its gradient there is zero, so it is refused).
 Cost: two forward passes and one backward pass, none with respect to parameters.
+This is plain attribution patching (AtP) of edges; ``local-exact`` runs the reader's own nonlinearity.
 Reference: Syed, Rager and Conmy 2023, arXiv:2310.10348. Deviation: signed, not absolute; no split-QKV forward.
 """
 

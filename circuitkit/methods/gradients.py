@@ -8,7 +8,9 @@ Cost: one forward pass for each of clean and corrupt, and one forward and backwa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,24 +39,26 @@ SMALL = 1e-3  # scores below this are compared with the metric's own change
 
 
 def path_scores(
-    model: Model, task: Task, plan: Plan, *, alphas: list[float], weights: list[float], corrupt_value: str
+    model: Model,
+    task: Task,
+    plan: Plan,
+    *,
+    alphas: list[float],
+    weights: list[float],
+    corrupt_value: str,
+    gradients: Callable[..., Any] = reader_gradients,
 ) -> Scores:
     """Edge scores with the gradient taken at the given points of the path and averaged with the given weights.
+
+    Args:
+        gradients: what takes the gradient: `reader_gradients`, or another backward pass with the same arguments.
 
     Raises:
         MetricError: if the metric has no gradient, or a zero one although corrupting the input changes it.
     """
-    if not task.metric.differentiable:
-        raise MetricError(
-            f"metric {task.metric.name!r} has no useful gradient; use another metric, or the method 'exact'"
-        )
+    refuse_without_gradient(task, at_clean=alphas == [1.0])
     corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
     at_once = max(1, min(len(alphas), plan.rows(backward_bytes(model, task.batches[0]), model.device)))
-    if alphas == [1.0] and "reference" in task.metric.needs:
-        raise MetricError(
-            f"the gradient of {task.metric.name!r} at the clean run is zero by definition: it compares with that run; "
-            "use 'eap-ig', 'exact', or another metric"
-        )
     moments, changes = Moments(), list[tuple[float, float]]()
 
     def size(batch: Batch) -> float:
@@ -62,14 +66,35 @@ def path_scores(
 
     def one_chunk(batch: Batch, plan: Plan) -> tuple[Tensor, tuple[float, float] | None]:
         steps = min(at_once, plan.rows(backward_bytes(model, batch), model.device))
-        return _chunk_scores(model, task, batch, corrupt_of, alphas, weights, steps)
+        return _chunk_scores(model, task, batch, corrupt_of, alphas, weights, steps, gradients)
 
     for chunk, change in plan.over(task, model.device, "edge scores", size, one_chunk):
         moments.add(chunk)
         changes += [] if change is None else [change]
     if changes:
-        _refuse_flat(task, changes)
+        refuse_flat(task, changes)
     return finished(model, moments)
+
+
+def refuse_without_gradient(task: Task, *, at_clean: bool, instead: Sequence[str] = ("eap-ig", "exact")) -> None:
+    """Refuse a metric that has no gradient anywhere, or, for methods that use no other, none at the clean run.
+
+    Args:
+        at_clean: whether the only gradient that the method takes is at the clean run.
+        instead: names of methods that do without it; the last one needs no gradient at all.
+
+    Raises:
+        MetricError: naming the metric and what to do.
+    """
+    if not task.metric.differentiable:
+        raise MetricError(
+            f"metric {task.metric.name!r} has no useful gradient; use another metric, or the method {instead[-1]!r}"
+        )
+    if at_clean and "reference" in task.metric.needs:
+        raise MetricError(
+            f"the gradient of {task.metric.name!r} at the clean run is zero by definition: it compares with that run; "
+            f"use {', '.join(map(repr, instead))}, or another metric"
+        )
 
 
 def _chunk_scores(
@@ -80,6 +105,7 @@ def _chunk_scores(
     alphas: list[float],
     weights: list[float],
     at_once: int,
+    gradients: Callable[..., Any],
 ) -> tuple[Float[Tensor, "batch src dst"], tuple[float, float] | None]:
     run, corrupt, clean = _ends(model, task, batch, corrupt_of, alphas)
     batch = with_reference(model, task, batch, run)
@@ -89,7 +115,7 @@ def _chunk_scores(
         part = slice(first, first + at_once)
         x = torch.stack([begin + alpha * (end - begin) for alpha in alphas[part]])
         objective = partial(_objective, task, batch, weights[part])
-        writes, groups = reader_gradients(model, run, x, batch.positions, objective)
+        writes, groups = gradients(model, run, x, batch.positions, objective)
         if delta is None:
             delta = model.wiring.expand_difference(writes if len(clean) == 1 else clean, corrupt)
             scores = delta.new_zeros(len(batch), *model.graph.mask.shape)
@@ -108,7 +134,7 @@ def _chunk_scores(
     return scores, (largest, float((here - there).abs().max()))
 
 
-def _refuse_flat(task: Task, changes: list[tuple[float, float]]) -> None:
+def refuse_flat(task: Task, changes: list[tuple[float, float]], instead: Sequence[str] = ("eap-ig", "exact")) -> None:
     """Refuse scores whose sizes are rounding: first-order effects far below the metric's own change, on all examples.
 
     Metrics have no natural scale, so the change is measured, but only where scores are small; the outcome does not
@@ -118,7 +144,7 @@ def _refuse_flat(task: Task, changes: list[tuple[float, float]]) -> None:
     if largest <= SMALL and largest < 1e-4 * change:
         raise MetricError(
             f"the gradient of {task.metric.name!r} is zero at the clean run (squared errors are flat there); "
-            "use 'eap-ig', 'exact', or another metric"
+            f"use {', '.join(map(repr, instead))}, or another metric"
         )
 
 

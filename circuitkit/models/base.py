@@ -12,13 +12,14 @@ from circuitkit.errors import OptionError, UnknownName, UnsupportedModel
 from circuitkit.models.hooked import Model
 
 
-def load(what: str | nn.Module, *, check: bool = True, **options: Any) -> Model:
+def load(what: str | nn.Module, *, check: bool = True, neurons: int | None = None, **options: Any) -> Model:
     """Load a model and test its wiring by experiment.
 
     Args:
         what: a zoo name, a local Hugging Face folder, a hub id, a causal language model of transformers, a
             TransformerBridge, or a HookedTransformer. A module of yours is never changed.
         check: whether to run the load laws (a few passes over five tokens).
+        neurons: split every MLP into groups of that many neurons, each a node; None keeps MLPs whole.
         options: for a name, folder or hub id ``device`` and ``dtype``, and ``revision`` for a hub id; for a module
             ``tokenizer`` and ``name``. Move a module of yours to its device before you load it.
 
@@ -33,11 +34,16 @@ def load(what: str | nn.Module, *, check: bool = True, **options: Any) -> Model:
     allowed = ("device", "dtype", "revision", "name", "tokenizer") if isinstance(what, str) else ("name", "tokenizer")
     unknown = sorted(set(options) - set(allowed))
     if unknown:
-        raise OptionError(f"load has no option {unknown[0]!r} here; its options are check, {', '.join(allowed)}")
+        known = ", ".join(("check", "neurons", *allowed))
+        raise OptionError(f"load has no option {unknown[0]!r} here; its options are {known}")
     model = _load_name(what, options) if isinstance(what, str) else _load_module(what, options)
     if check:
         model.check()
-    return model
+    if neurons is None:
+        return model
+    from circuitkit.models.neurons import split_mlps
+
+    return split_mlps(model, neurons, check=check)
 
 
 def _load_name(what: str, options: dict[str, Any]) -> Model:

@@ -31,6 +31,7 @@ def reader_gradients(
     rules: Sequence[Hook] = (),
     *,
     frozen_norms: bool = False,
+    watch: Sequence[Hook] = (),
 ) -> tuple[tuple[Tensor, ...], Iterator[tuple[slice, Float[Tensor, "node batch pos d"]]]]:
     """Gradient of an objective at every reader's private copy of the stream, summed over steps, block by block.
 
@@ -41,6 +42,7 @@ def reader_gradients(
         objective: from logits ``[step * batch, answer, vocab]`` to one number.
         rules: hooks that change how gradients flow (not what is computed), attached before all others.
         frozen_norms: treat the scale of the readers' norms as a constant.
+        watch: hooks that only look, attached after all others, so that they see the readers' own copies.
 
     Returns:
         what the writers wrote at the last step; and, from the last block to the first, columns of the edge matrix with
@@ -58,9 +60,9 @@ def reader_gradients(
     with model.quiet(), torch.enable_grad():
         hooks: list[Hook] = [*rules]
         hooks += [(port, keeper(seen, port)) for port in dict.fromkeys(site.stream for site in sites)]
-        hooks += [(site.port, _own_copy(seen, site.port)) for site in sites]
+        hooks += [(site.port, own_copy(seen, site.port)) for site in sites]
         hooks += [(s.port, keeper(written, i)) for i, s in enumerate(model.wiring.write_sites) if s.block >= 0]
-        last = model.replay(run, 0, start, rows, hooks)
+        last = model.replay(run, 0, start, rows, [*hooks, *watch])
         value = objective(model.logits(last, positions.repeat(steps, 1)))
         if not value.requires_grad:
             raise MetricError("the metric does not depend on the logits, so it has no gradient")
@@ -73,15 +75,23 @@ def reader_gradients(
         site.kept(written[i].detach()[-batch:].reshape(batch, x.shape[2], site.n, -1))
         for i, site in enumerate(model.wiring.write_sites)
     )
-    return writes, _pulled(found, slopes, (steps, batch, x.shape[2]), frozen_norms)
+    return writes, pulled(found, slopes, (steps, batch, x.shape[2]), frozen_norms)
 
 
-def _pulled(
+def pulled(
     found: dict[ReadSite, tuple[Tensor, Tensor]],
     slopes: Mapping[ReadSite, Tensor | None],
     shape: tuple[int, int, int],
     frozen_norms: bool,
 ) -> Iterator[tuple[slice, Float[Tensor, "node batch pos d"]]]:
+    """Gradients at the readers' private copies of the stream, summed over steps, from those at their projections.
+
+    Args:
+        found: what each site's readers made of the stream, and the stream, ``[step * batch, pos, ...]``.
+        slopes: the gradient at each site's tensor; None where nothing depends on it.
+        shape: steps, batch and positions.
+        frozen_norms: treat the scale of the readers' norms as a constant.
+    """
     groups = list(_same_stream(list(found)[::-1]))
     most = max(group[-1].columns.stop - group[0].first for group in groups)
     like = found[groups[0][0]][1]
@@ -128,7 +138,7 @@ def gradients_at(
     seen: dict[Port, Tensor] = {}
     with model.quiet(), torch.enable_grad():
         inner = [port for port in ports if port is not model.wiring.final]
-        hooks: list[Hook] = [*rules, *((port, _own_copy(seen, port)) for port in inner)]
+        hooks: list[Hook] = [*rules, *((port, own_copy(seen, port)) for port in inner)]
         last = model.replay(run, 0, x.detach().requires_grad_(True), rows, hooks)
         seen[model.wiring.final] = last
         value = objective(model.logits(last, positions[rows]))
@@ -148,7 +158,7 @@ def _same_stream(sites: list[ReadSite]) -> Iterator[list[ReadSite]]:
         yield sorted(group, key=lambda site: site.first)
 
 
-def _own_copy(seen: dict[Port, Tensor], port: Port) -> Callable[[Tensor], Tensor]:
+def own_copy(seen: dict[Port, Tensor], port: Port) -> Callable[[Tensor], Tensor]:
     """Without a norm, or where parts share one, readers are handed the very same tensor; a view tells them apart."""
 
     def copy(x: Tensor) -> Tensor:

@@ -107,6 +107,12 @@ class Model:
 
         check_laws(self)
 
+    def split_mlps(self, group: int = 1, layers: Sequence[int] | None = None) -> Model:
+        """The same module with MLPs (of some layers) as groups of neurons, checked; see `circuitkit.models.neurons`."""
+        from circuitkit.models.neurons import split_mlps
+
+        return split_mlps(self, group, layers)
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Evaluation mode and frozen parameters inside, as found afterwards; free when already inside one."""
@@ -233,13 +239,10 @@ def _check_finite(inputs: list[Tensor]) -> None:
     for i, x in enumerate(inputs):
         if not torch.isfinite(x).all():
             where = f"entering block {i}" if i < len(inputs) - 1 else "leaving the last block"
+            narrow = "; float16 overflows easily, load the model in bfloat16 or float32" * (x.dtype == torch.float16)
+            maker = f"block {i - 1}" if i else "the embedding"
             raise UnsupportedModel(
-                f"the stream {where} holds NaN or infinite values; check the weights"
-                + (
-                    "; float16 overflows easily, load the model in bfloat16 or float32"
-                    if x.dtype == torch.float16
-                    else ""
-                )
+                f"the stream {where} holds NaN or infinite values: {maker} makes them; check its weights{narrow}"
             )
 
 

@@ -5,9 +5,15 @@
 3 projections   what readers make of the stream equals what the module computed
 4 gradients     pulled-back gradients equal autograd's on a run in which every reader has its own copy of the stream
 5 edits         with every edge removed, the run equals the corrupt run
+
+A sixth is tested when MLPs are split into neurons:
+
+6 neurons       hidden = act(gate) * pre, neuron by neuron, and hidden W_out + b_out is what the MLP writes
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,9 +24,10 @@ from circuitkit.models.circuits import run_circuits
 from circuitkit.models.edits import reader_gradients
 from circuitkit.models.hooked import Hook, Model, Run, keeper
 from circuitkit.models.transformer import probe_tokens
-from circuitkit.models.wiring import Port, ReadSite
+from circuitkit.models.wiring import MlpParts, Port, ReadSite
 
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+# Root-mean-square norms of transformers compute in float32 whatever the weights' dtype, hence 1e-6 in float64.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
 
 def check_laws(model: Model) -> None:
@@ -160,6 +167,45 @@ def _check_edits(model: Model, runs: tuple[Run, Run], positions: Tensor) -> None
         want = model.logits(runs[1].inputs[-1], positions)
     dtype = next(model.module.parameters()).dtype
     _compare("edits", "the logits", got.to(dtype), want.to(dtype))
+
+
+def check_mlps(model: Model, parts: Sequence[MlpParts]) -> None:
+    """Test that MLPs are made of the parts that the wiring names: law 6.
+
+    Raises:
+        UnsupportedModel: naming the layer and the gap.
+    """
+    try:
+        with torch.no_grad(), model.quiet():
+            _check_mlps(model, parts)
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedModel(
+            f"the MLPs of {model.name} are not made of the parts that its wiring names: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_mlps(model: Model, parts: Sequence[MlpParts]) -> None:
+    tokens = probe_tokens(model.d_vocab, model.module)[:, : min(5, model.n_ctx)]
+    run = model.record(tokens)
+    written = {s.block: s.port for s in model.wiring.write_sites}  # the last of a block is its MLP's
+    ports = [p for mlp in parts for p in (mlp.pre, mlp.gate, mlp.hidden, written[mlp.block]) if p is not None]
+    seen: dict[Port, Tensor] = {}
+    hooks: list[Hook] = [(port, keeper(seen, port)) for port in ports]
+    model.replay(run, 0, run.inputs[0], torch.arange(run.batch, device=tokens.device), hooks)
+    missing = [mlp.block for mlp in parts if not {mlp.pre, mlp.hidden} <= seen.keys()]
+    if missing:
+        raise UnsupportedModel(f"the MLP of layer {missing[0]} does not use the parts that it seems to have")
+    for mlp in parts:
+        pre, hidden = seen[mlp.pre], seen[mlp.hidden]
+        made = mlp.activation(pre) if mlp.gate is None else mlp.activation(seen[mlp.gate]) * pre
+        # A constant of each neuron (a bias behind the product) is no part of any edge.
+        got, want = (x - x[:1, :1] for x in (made, hidden))
+        _compare("neurons", f"layer {mlp.block}, the hidden neurons", got, want)
+        out = at_least_float32(hidden) @ at_least_float32(mlp.w_out)
+        out = out if mlp.b_out is None else out + mlp.b_out
+        out = out if mlp.post_norm is None else mlp.post_norm(out)
+        want = seen[written[mlp.block]]
+        _compare("neurons", f"layer {mlp.block}, what the MLP writes", out.to(want.dtype), want)
 
 
 def _is_causal(model: Model, run: Run) -> bool:

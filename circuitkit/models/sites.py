@@ -13,7 +13,7 @@ from circuitkit.errors import OptionError
 from circuitkit.models.hooked import Hook, Model, Run, keeper
 from circuitkit.models.wiring import Port
 
-SITES = ("resid", "head", "q", "k", "v", "pattern", "mlp")
+SITES = ("resid", "head", "q", "k", "v", "pattern", "mlp", "neuron")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ def find_places(model: Model, site: str) -> list[Place]:
             Place(i, port, sum(name.startswith(f"a{i}.h") for name in heads), True)
             for i, port in enumerate(wiring.patterns)
         ]
-    if site in ("head", "mlp"):
+    if site in ("head", "mlp", "neuron"):
         kinds = wiring.graph.source_nodes
         found = [Place(s.block, s.port, s.n) for s in wiring.write_sites if kinds[s.first].kind == site]
     else:

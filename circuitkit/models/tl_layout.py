@@ -87,7 +87,7 @@ def _wire(module: Any, sizes: tuple[int, int, int, int], has_mlp: bool, tail: An
             first = reads[-1].columns.stop if reads else 0
             reads.append(ReadSite(first, n, i, Port(getattr(attn, f"hook_{slot}")), here, weight, bias, norm))
         writes.append(
-            WriteSite(writes[-1].rows.stop, n_heads, i, Port(attn.hook_z), attn.W_O.view(n_heads, d_head, -1))
+            WriteSite(writes[-1].rows.stop, n_heads, i, Port(attn.hook_z), attn.W_O.view(n_heads, d_head, -1), attn.b_O)
         )
         if has_mlp:
             stream = Port(block.hook_resid_mid)

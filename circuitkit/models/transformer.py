@@ -111,12 +111,23 @@ def _wire(bridge: Any) -> Wiring:
     patterns = tuple(Port(b.attn.hook_pattern) for b in bridge.blocks if hasattr(b.attn, "hook_pattern"))
     return Wiring(
         graph, tuple(bridge.blocks), tuple(writes), tuple(reads), _tail(bridge), final, patterns,
-        mlps=_mlps(bridge), final_norm=_find_norm(bridge.ln_final, seen, n_layers, required=False),
-        normed=Port(bridge.ln_final),
+        mlps=_mlps(bridge, seen), final_norm=_find_norm(bridge.ln_final, seen, n_layers, required=False),
+        normed=Port(bridge.ln_final), inner_norms=_inner_norms(bridge, seen),
     )  # fmt: skip
 
 
-def _mlps(bridge: Any) -> tuple[MlpParts, ...]:
+def _inner_norms(bridge: Any, seen: dict[nn.Module, Tensor]) -> tuple[tuple[Norm | None, Port], ...]:
+    """Norms after attention and MLP, and of queries and keys."""
+    found: list[tuple[Norm | None, Port]] = []
+    for i, block in enumerate(bridge.blocks):
+        parts = ((block, "ln1_post"), (block, "ln2_post"), (block.attn, "q_norm"), (block.attn, "k_norm"))
+        for module in (getattr(*part, None) for part in parts):
+            if module is not None:
+                found.append((_find_norm(module, seen, i, required=False), Port(module)))
+    return tuple(found)
+
+
+def _mlps(bridge: Any, seen: dict[nn.Module, Tensor]) -> tuple[MlpParts, ...]:
     """The inside of each MLP; () if a block's has other parts than two or three projections (a mixture of experts)."""
     found: list[MlpParts] = []
     for i, block in enumerate(bridge.blocks):
@@ -127,11 +138,12 @@ def _mlps(bridge: Any) -> tuple[MlpParts, ...]:
             return ()
         into, out = up.original_component, down.original_component
         gated = None if gate is None else gate.original_component
+        post = _find_norm(block.ln2_post, seen, i) if hasattr(block, "ln2_post") else None
         found.append(
             MlpParts(
                 i, Port(up.hook_out), None if gate is None else Port(gate.hook_out), Port(down.hook_in),
                 _matrix(into), into.bias, None if gated is None else _matrix(gated),
-                None if gated is None else gated.bias, _matrix(out), out.bias, act,
+                None if gated is None else gated.bias, _matrix(out), out.bias, act, post,
             )
         )  # fmt: skip
     return tuple(found)

@@ -121,7 +121,7 @@ class ReadSite:
         return slice(self.first, self.first + self.n)
 
     def read(
-        self, streams: Float[Tensor, "node *batch d"], nodes: slice = slice(None)
+        self, streams: Float[Tensor, "node *batch d"], nodes: slice | Tensor = slice(None)
     ) -> Float[Tensor, "node *batch width"]:
         """What the readers make of a private stream each."""
         normed = streams if self.norm is None else self.norm(streams)
@@ -148,6 +148,7 @@ class MlpParts:
         w_gate: the gate's projection and bias, or None.
         w_out: down-projection ``[d_mlp, d]`` and bias.
         activation: the nonlinearity.
+        post_norm: norm of what the MLP gives before it joins the stream, or None.
     """
 
     block: int
@@ -161,6 +162,7 @@ class MlpParts:
     w_out: Float[Tensor, "d_mlp d"]
     b_out: Float[Tensor, " d"] | None
     activation: Callable[[Tensor], Tensor]
+    post_norm: Norm | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +180,8 @@ class Wiring:
         mlps: the inside of each block's MLP, or () where it is not known.
         final_norm: the norm before the unembedding as data, or None.
         normed: where the output of that norm is found, or None.
+        inner_norms: norms between what is read and what is written (after attention or MLP, of queries and keys), each
+            with where its output is found; the norm as data is None if it is of no known form.
     """
 
     graph: Graph
@@ -190,6 +194,7 @@ class Wiring:
     mlps: tuple[MlpParts, ...] = ()
     final_norm: Norm | None = None
     normed: Port | None = None
+    inner_norms: tuple[tuple[Norm | None, Port], ...] = ()
 
     @property
     def width(self) -> int:

@@ -20,6 +20,9 @@ TaskName = Annotated[str, typer.Argument(help="A name from [bold]circuitkit list
 Method = Annotated[str, typer.Option(help="A name from [bold]circuitkit list methods[/].")]
 Metric = Annotated[str | None, typer.Option(help="A metric other than the task's own: logit-diff, prob-diff, kl, ...")]
 Pairs = Annotated[int, typer.Option("--n", min=1, help="How many pairs the task draws.")]
+Neurons = Annotated[
+    int | None, typer.Option(min=1, help="Split every MLP into groups of that many neurons, each a node.")
+]
 Edges = Annotated[
     int | None, typer.Option(min=1, help="How many edges the circuit may have; 100, or the method's own choice.")
 ]

@@ -21,6 +21,7 @@ class Manifest(BaseModel):
         model: what `circuitkit.load` was given, or the model's name.
         task: the task's name.
         task_options: its own options.
+        neurons: how many neurons make a node, or None for whole MLPs.
         n: pairs in the task.
         metric: the metric's name.
         method: the method's name.
@@ -40,6 +41,7 @@ class Manifest(BaseModel):
     model: str
     task: str
     task_options: dict[str, Any] = {}
+    neurons: int | None = None
     n: int
     metric: str
     method: str

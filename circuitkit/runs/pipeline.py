@@ -12,6 +12,7 @@ from circuitkit.evaluation.faithfulness import evaluate
 from circuitkit.methods.base import METHODS, Plan, checked_options, edge_methods, score
 from circuitkit.models.base import load
 from circuitkit.models.hooked import Model
+from circuitkit.models.neurons import group_size
 from circuitkit.runs.provenance import data_sha256, model_sha256, versions
 from circuitkit.scores import Scores
 from circuitkit.tasks.base import Batch, Task, make
@@ -68,7 +69,8 @@ def find(
     Plan.of(batch_size, budget, progress, seed)
     model = load(model) if isinstance(model, str) else model
     task = make(task, model, seed=seed) if isinstance(task, str) else task
-    if edges is not None and not 1 <= edges <= model.graph.n_edges:
+    # With positions there are more edges than the model's graph has; how many, the task's spans say.
+    if edges is not None and (edges < 1 or (edges > model.graph.n_edges and not METHODS[method].positions)):
         raise OptionError(
             f"got edges = {edges}, expected 1 to {model.graph.n_edges:,}: {model.name} has no more possible edges"
         )
@@ -104,6 +106,7 @@ def _cut(scores: Scores, edges: int | None, selection: Selection, absolute: bool
 def _where_from(model: Model, task: Task, scores: Scores) -> dict[str, Any]:
     return {
         "model": model.name,
+        "neurons": group_size(model.graph),
         "task": task.name,
         "n": len(task),
         "metric": task.metric.name,

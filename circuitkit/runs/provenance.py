@@ -42,11 +42,13 @@ def model_sha256(module: nn.Module) -> str:
 def data_sha256(task: Task) -> str:
     """Hash of every tensor of a task's batches, and of its metric's name.
 
-    The reference logits are left out: a method fills them in, they are not the user's data.
+    The reference logits are left out: a method fills them in, they are not the user's data. So are spans that a task
+    does not have.
     """
     named: list[tuple[str, Any]] = [("metric", task.metric.name)]
     for i, batch in enumerate(task.batches):
-        named += [(f"{i}.{field}", value) for field, value in sorted(vars(batch).items()) if field != "reference"]
+        left_out = {"reference"} | ({"spans"} if batch.spans is None else set())
+        named += [(f"{i}.{field}", value) for field, value in sorted(vars(batch).items()) if field not in left_out]
     return _sha256(named)
 
 

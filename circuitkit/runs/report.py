@@ -63,12 +63,8 @@ def score_table(scores: Scores | NodeScores, most: int = 10) -> Table:
     """The strongest edges of a ranking, connected or not; of scores of components, all."""
     if isinstance(scores, NodeScores):
         return _node_table(scores)
-    table = Table(
-        title=Text(f"strongest edges by {scores.method}"),
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    title = f"strongest edges by {scores.method}"
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), min_width=len(title))
     for heading in ("edge", "score", "standard error"):
         table.add_column(heading, justify="left" if heading == "edge" else "right")
     for row in scores.to_pandas().head(most).itertuples():
@@ -78,11 +74,13 @@ def score_table(scores: Scores | NodeScores, most: int = 10) -> Table:
 
 
 def _node_table(scores: NodeScores) -> Table:
-    table = Table(title=Text(f"{scores.method}: effect on the metric"), title_justify="left", box=None)
+    title = f"{scores.method}: effect on the metric"
+    table = Table(title=Text(title), title_justify="left", box=None, min_width=len(title))
     for heading in ("", *scores.columns):
         table.add_column(Text(str(heading)), justify="right")
     for label, row in zip(scores.rows, scores.values.tolist(), strict=True):
-        table.add_row(Text(label), *(f"{value:+.3g}" for value in row))
+        # NaN stands where there is no such component, or no edge to patch.
+        table.add_row(Text(label), *("" if value != value else f"{value:+.3g}" for value in row))
     return table
 
 

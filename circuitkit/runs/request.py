@@ -16,6 +16,7 @@ from circuitkit.functional.metrics import METRICS
 from circuitkit.methods.base import METHODS, Plan, score
 from circuitkit.models.base import load
 from circuitkit.models.hooked import Model
+from circuitkit.models.neurons import split_like
 from circuitkit.models.zoo import zoo_name, zoo_names
 from circuitkit.result import NodeScores, Result
 from circuitkit.runs.manifest import manifest_of
@@ -39,6 +40,7 @@ class Request:
         method: a registered method.
         options: the method's own options.
         metric: a metric other than the task's own, or None.
+        neurons: how many neurons make a node, or None for whole MLPs.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Request:
     method: str = "eap-ig"
     options: dict[str, Any] = field(default_factory=dict)
     metric: str | None = None
+    neurons: int | None = None
 
     @classmethod
     def read(cls, typed: Sequence[str], *, task: str, method: str, metric: str | None, **asked: Any) -> Request:
@@ -72,7 +75,7 @@ class Request:
             # A bar over the few tensors of a zoo model says nothing; one over a download does.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
-            model = load(self.model)
+            model = load(self.model, neurons=self.neurons)
         except UnsupportedModel as error:
             near = get_close_matches(self.model, zoo_names(), n=1, cutoff=0.7)
             raise UnsupportedModel(f"{error} Did you mean {near[0]!r}?" if near else str(error)) from error
@@ -125,6 +128,7 @@ def evaluate_again(
     asked = {"model": model, "task": task, "n": n, "seed": seed, "metric": metric}
     request = Request(**{**known, **{name: value for name, value in asked.items() if value is not None}})
     loaded, behaviour = request.prepare()
+    loaded = split_like(loaded, circuit.graph)
     result = evaluate(loaded, behaviour, circuit, seed=request.seed, **settings)
     notes = []
     if made and model_sha256(loaded.module) != made.model_sha256:

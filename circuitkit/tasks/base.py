@@ -40,6 +40,7 @@ class Batch:
         wrong: token ids counted as wrong; -1 marks an unused slot; no column for metrics that need none.
         target: numbers that a numerical output should equal, or None.
         reference: logits of the clean run at the positions, filled in for metrics that compare with it.
+        spans: number of the span that each position belongs to, -1 for padding; or None.
     """
 
     clean: Tokens
@@ -50,6 +51,7 @@ class Batch:
     wrong: Int[Tensor, "batch answer j"]
     target: Float[Tensor, "batch answer vocab"] | None = None
     reference: Logits | None = None
+    spans: Int[Tensor, "batch pos"] | None = None
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -74,12 +76,14 @@ class Task:
         batches: examples grouped by length where a model needs it, else one batch.
         metric: one number per example; bigger means the behaviour is done better.
         known: names of the edges of the known circuit, or None.
+        spans: names of the spans that tile every prompt, in order; () if nothing says which positions belong together.
     """
 
     name: str
     batches: tuple[Batch, ...]
     metric: Metric
     known: tuple[str, ...] | None = None
+    spans: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return sum(len(batch) for batch in self.batches)

@@ -7,8 +7,6 @@ batch has padding.
 
 from __future__ import annotations
 
-import csv
-import difflib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from circuitkit.errors import FormatError, TaskError
+from circuitkit.errors import TaskError
 from circuitkit.functional.metrics import METRICS, Metric
 from circuitkit.tasks import rows as checked
 from circuitkit.tasks.base import Batch, Task, Vocabulary
+from circuitkit.tasks.columns import column, read_columns, schema_columns
+from circuitkit.tasks.spans import span_ids
 from circuitkit.tasks.text import answer_ids, encode, pad_right, show_tokens
 
 
@@ -36,6 +36,7 @@ def from_tokens(
     name: str = "own",
     vocab: Vocabulary | None = None,
     known: Sequence[str] | None = None,
+    spans: Any = None,
 ) -> Task:
     """A task from token ids.
 
@@ -53,6 +54,8 @@ def from_tokens(
         name: what the task is called.
         vocab: the model, to check ids and lengths against what it can read.
         known: names of the edges of the known circuit.
+        spans: a schema: for each span, by name and in order, the index of its first token in every row; see
+            `circuitkit.tasks.spans`.
 
     Raises:
         TaskError: if the behaviour is not well stated; the message names the row.
@@ -64,12 +67,16 @@ def from_tokens(
     """
     measure = METRICS[metric] if isinstance(metric, str) else metric
     batch = _batch(vocab, clean, corrupt, lengths, positions, right, wrong, target)
+    names: tuple[str, ...] = ()
+    if spans is not None:
+        names, ids = span_ids(spans, batch.lengths, batch.clean.shape[1])
+        batch = replace(batch, spans=ids)
     _check_differs(batch)
     checked.check_needs(measure, batch)
     checked.check_overlap(batch)
     ragged = len(batch.lengths.unique()) > 1
     parts = (batch,) if checked.is_causal(vocab) or not ragged else _by_length(batch)
-    return Task(name, parts, measure, tuple(known) if known is not None else None)
+    return Task(name, parts, measure, tuple(known) if known is not None else None, names)
 
 
 def from_pairs(
@@ -83,6 +90,7 @@ def from_pairs(
     name: str = "own",
     prepend_bos: bool | None = None,
     known: Sequence[str] | None = None,
+    spans: Any = None,
 ) -> Task:
     """A task from pairs of texts; the answer is the token that follows.
 
@@ -97,6 +105,7 @@ def from_pairs(
         name: what the task is called.
         prepend_bos: True puts a BOS token first, False leaves it out, None does what the tokenizer does.
         known: names of the edges of the known circuit.
+        spans: a schema, as for `from_tokens`; indices count tokens, a BOS included.
 
     Raises:
         TaskError: if the behaviour is not well stated; the message names the row.
@@ -126,6 +135,7 @@ def from_pairs(
         name=name,
         vocab=model,
         known=known,
+        spans=spans,
     )
 
 
@@ -141,6 +151,8 @@ def from_csv(
     metric: str | Metric = "logit-diff",
     name: str | None = None,
     prepend_bos: bool | None = None,
+    spans: Sequence[str] = (),
+    corrupt_path: str | Path | None = None,
 ) -> Task:
     """A task from a CSV file (UTF-8, with a header), one pair per row.
 
@@ -155,18 +167,23 @@ def from_csv(
         metric: a registered name, or a `Metric`.
         name: what the task is called; default: the file's name.
         prepend_bos: True puts a BOS token first, False leaves it out, None does what the tokenizer does.
+        spans: names of columns, in the order of the prompt, with the index of each span's first token; a column
+            ``length`` is checked if there is one.
+        corrupt_path: the file with the corrupt texts, row by row, if it is another one.
 
     Raises:
         FormatError: if the file is missing or not such a table.
         TaskError: if a column is missing, or the behaviour is not well stated; the message names the row.
     """
-    columns = _read_columns(Path(path))
+    columns = read_columns(path)
+    others = columns if corrupt_path is None else read_columns(corrupt_path)
     measure = METRICS[metric] if isinstance(metric, str) else metric
     if wrong not in columns and "wrong" not in measure.needs:
         wrong = None
     chosen: dict[str, list[str] | None] = {}
-    for role, column in {"clean": clean, "corrupt": corrupt, "right": right, "wrong": wrong}.items():
-        chosen[role] = None if column is None else _column(columns, column, path)
+    for role, name_of in {"clean": clean, "right": right, "wrong": wrong}.items():
+        chosen[role] = None if name_of is None else column(columns, name_of, path)
+    chosen["corrupt"] = column(others, corrupt, path if corrupt_path is None else corrupt_path)
     for role in ("right", "wrong"):
         cells = chosen[role]
         if separator is not None and cells is not None:
@@ -180,6 +197,7 @@ def from_csv(
         metric=measure,
         name=name or Path(path).stem,
         prepend_bos=prepend_bos,
+        spans=schema_columns(columns, others, spans, path) if spans else None,
     )
 
 
@@ -234,27 +252,6 @@ def _answer_rows(model: Vocabulary, contexts: list[str], answers: Any, what: str
     return [[next(ids) for _ in row] for row in per_row]
 
 
-def _read_columns(path: Path) -> dict[str, list[str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header, *body = list(reader) or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FormatError(f"cannot read {path} as a CSV file in UTF-8: {error}") from error
-    for row, cells in enumerate(body):
-        if len(cells) != len(header):
-            raise FormatError(f"{path}, row {row}: got {len(cells)} cells, expected the header's {len(header)}")
-    return {column: [cells[i] for cells in body] for i, column in enumerate(header)}
-
-
-def _column(columns: dict[str, list[str]], name: str, path: str | Path) -> list[str]:
-    if name in columns:
-        return columns[name]
-    near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise TaskError(f"{path} has no column {name!r}{hint} Its columns: {', '.join(columns) or 'none'}")
-
-
 def _check_differs(batch: Batch) -> None:
     same = (batch.clean == batch.corrupt).all(1).nonzero().flatten().tolist()
     if len(same) == len(batch):
@@ -281,5 +278,6 @@ def _by_length(batch: Batch) -> tuple[Batch, ...]:
     parts = []
     for length in sorted(set(batch.lengths.tolist())):
         rows = batch.rows((batch.lengths == length).nonzero().flatten())
-        parts.append(replace(rows, clean=rows.clean[:, :length], corrupt=rows.corrupt[:, :length]))
+        spans = None if rows.spans is None else rows.spans[:, :length]
+        parts.append(replace(rows, clean=rows.clean[:, :length], corrupt=rows.corrupt[:, :length], spans=spans))
     return tuple(parts)

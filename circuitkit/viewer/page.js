@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const { boxes, edges, inner, layers, colours, kinds, first } = data;
+  const { boxes, edges, inner, layers, spans, colours, kinds, first } = data;
   const total = edges.score.length;
   const at = (id) => document.getElementById(id);
   const make = (tag, text, className) => {
@@ -52,7 +52,7 @@
   }
 
   // Places come from Python; the width only is stretched to the shape of the window.
-  const longest = Math.max(...boxes.map((box) => box.name.length));
+  const longest = Math.max(...boxes.map((box) => box.label.length));
   const boxWidth = Math.max(52, 10 * longest + 14);
   const [left, right] = [Math.min(...boxes.map((b) => b.x)), Math.max(...boxes.map((b) => b.x))];
   const top = Math.max(...boxes.map((box) => box.y));
@@ -67,11 +67,15 @@
 
   const nodeOf = (box, i) => ({
     group: "nodes", classes: box.kind, position: place(box.x, box.y),
-    data: { id: `n${i}`, number: i, label: box.name, colour: colours[box.kind] ?? colours.error },
+    data: { id: `n${i}`, number: i, label: box.label, colour: colours[box.kind] ?? colours.error },
   });
   const labelOf = ([text, y], i) => ({
     group: "nodes", classes: "layer", selectable: false, grabbable: false,
     position: { x: margin, y: -y * tall }, data: { id: `l${i}`, label: text },
+  });
+  const headingOf = ([text, x], i) => ({
+    group: "nodes", classes: "layer span", selectable: false, grabbable: false,
+    position: place(x, top + 1), data: { id: `s${i}`, label: text },
   });
   const edgeOf = (i) => {
     const [s, t] = [boxes[edges.source[i]], boxes[edges.target[i]]];
@@ -94,7 +98,7 @@
 
   const cy = cytoscape({
     container: at("graph"),
-    elements: [...boxes.map(nodeOf), ...layers.map(labelOf), ...inner.map(innerOf)],
+    elements: [...boxes.map(nodeOf), ...layers.map(labelOf), ...spans.map(headingOf), ...inner.map(innerOf)],
     layout: { name: "preset" },
     minZoom: 0.05, maxZoom: 4, boxSelectionEnabled: false, hideEdgesOnViewport: total > 1500,
     style: [
@@ -106,6 +110,7 @@
       { selector: "node.layer", style: {
         label: "data(label)", "background-opacity": 0, width: 1, height: 1, "text-halign": "left", color: colours.muted,
         "text-valign": "center", "font-size": 19, "font-family": "system-ui, sans-serif", events: "no" } },
+      { selector: "node.span", style: { "text-halign": "center", "font-weight": "bold", color: colours.text } },
       { selector: "edge[colour]", style: {
         "curve-style": "unbundled-bezier", "edge-distances": "node-position", "control-point-distances": "data(bow)",
         "control-point-weights": 0.5, width: "data(width)", "line-color": "data(colour)", opacity: "data(opacity)",

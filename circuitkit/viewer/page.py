@@ -72,9 +72,13 @@ def page_data(circuit: Circuit) -> dict[str, Any]:
         "subtitle": " · ".join(said[key] for key in ("method", "model") if key in said),
         "facts": _facts(circuit),
         "example": _example(circuit),
-        "boxes": [{"name": visible(b.name), "kind": b.kind, "x": round(b.x, 4), "y": b.y} for b in drawing.boxes],
+        "boxes": [
+            {"name": visible(b.name), "label": visible(b.label), "kind": b.kind, "x": round(b.x, 4), "y": b.y}
+            for b in drawing.boxes
+        ],
         "places": [_place(box.layer, box.kind) for box in drawing.boxes],
         "layers": _layers(drawing),
+        "spans": [(visible(text), round(across, 4)) for text, across in drawing.spans],
         "inner": [list(pair) for pair in drawing.inner],
         "readers": [visible(name) for name in readers],
         "slots": [f" (as {visible(slot)})" if (slot := slots[c.reader]) else "" for c in drawing.curves],

@@ -63,8 +63,8 @@ def test_identical_pairs_score_exactly_zero(name, shape):
 def test_impossible_edges_score_zero_and_some_possible_one_does_not(name, shape):
     model = random_model(shape)
     scores = score(model, random_task(model), name, progress=False)
-    assert torch.count_nonzero(scores.values[~model.graph.mask]) == 0
-    assert scores.selected is None or not scores.selected[~model.graph.mask].any()
+    assert torch.count_nonzero(scores.values[~scores.graph.mask]) == 0
+    assert scores.selected is None or not scores.selected[~scores.graph.mask].any()
     if name not in EXCEPTIONS["some possible edge scores"]:
         assert torch.count_nonzero(scores.values) > 0
 
@@ -202,6 +202,8 @@ def test_mean_ablation_is_the_mean_over_examples_and_real_positions():
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_model_is_left_as_found(name, fails):
+    if fails and name in EXCEPTIONS["a broken metric is refused"]:
+        return
     model = random_model()
     task = random_task(model)
     seen = []

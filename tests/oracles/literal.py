@@ -17,6 +17,8 @@ from circuitkit.models.native import ACTIVATIONS
 def literal_run(module, tokens, corrupt, dial, start=None):
     """Logits [pos, vocab] and writers' outputs [src, pos, d] of one example.
 
+    Where the dials have more columns than a graph of whole MLPs has, every MLP is groups of neurons, each a reader.
+
     Args:
         tokens: [pos] token ids.
         corrupt: what each writer carries along an edge whose dial is 1, [src, pos, d], or None.
@@ -30,6 +32,9 @@ def literal_run(module, tokens, corrupt, dial, start=None):
     writes = [x0 if start is None else start]
     constant = torch.zeros_like(x0)
     column = 0
+    with_mlp = [block for block in module.blocks if hasattr(block, "mlp")]
+    heads = c.n_layers * (c.n_heads + 2 * c.n_kv)
+    per_mlp = (dial.shape[1] - 1 - heads) // len(with_mlp) if with_mlp else 0
 
     def stream(n):
         """What the next reader reads, given that it sees the first n writers."""
@@ -58,12 +63,31 @@ def literal_run(module, tokens, corrupt, dial, start=None):
             writes.append(scores.softmax(-1) @ v @ attn.W_O[h])
         constant = constant + attn.b_O
         if hasattr(block, "mlp"):
-            mlp, x = block.mlp, norm(block.ln2, stream(len(writes)))
+            mlp = block.mlp
+            if per_mlp > 1:
+                neurons(mlp, block.ln2, c, per_mlp // 2 if c.gated_mlp else per_mlp, stream, writes)
+                constant = constant + mlp.b_out
+                continue
+            x = norm(block.ln2, stream(len(writes)))
             act = ACTIVATIONS[c.act_fn]
             hidden = act(x @ mlp.W_gate) * (x @ mlp.W_in) + mlp.b_in if c.gated_mlp else act(x @ mlp.W_in + mlp.b_in)
             writes.append(hidden @ mlp.W_out + mlp.b_out)
     logits = norm(module.ln_final, stream(len(writes))) @ module.unembed.W_U + module.unembed.b_U
     return logits, torch.stack(writes)
+
+
+def neurons(mlp, ln, c, n, stream, writes):
+    """One group of neurons after the other: what each reads from its own copies, and what it writes."""
+    seen, act, width = len(writes), ACTIVATIONS[c.act_fn], len(mlp.W_out) // n
+    spans = [slice(g * width, (g + 1) * width) for g in range(n)]
+    first = [norm(ln, stream(seen)) for _ in spans]
+    second = [norm(ln, stream(seen)) for _ in spans] if c.gated_mlp else first
+    for span, a, b in zip(spans, first, second, strict=True):
+        if c.gated_mlp:
+            hidden = act(a @ mlp.W_gate[:, span]) * (b @ mlp.W_in[:, span]) + mlp.b_in[span]
+        else:
+            hidden = act(a @ mlp.W_in[:, span] + mlp.b_in[span])
+        writes.append(hidden @ mlp.W_out[span])
 
 
 def norm(module, x):

@@ -1,4 +1,4 @@
-"""The command line: parse, call the public function, say what was written.
+"""Commands that find, measure, export and show circuits, and how a command ends.
 
 torch takes seconds to import, so everything that needs it is imported inside the command that does.
 """
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from circuitkit.cli.benchmark import benchmark
 from circuitkit.errors import CircuitKitError
 from circuitkit.runs import arguments as arg
 
@@ -28,6 +29,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(benchmark, name="benchmark")
 
 # What is left over belongs to the method or the task, whose options are known only once they are loaded.
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -92,6 +95,7 @@ def find(
     out: arg.RunFolder = None,
     metric: arg.Metric = None,
     n: arg.Pairs = 64,
+    neurons: arg.Neurons = None,
     seed: arg.Seed = 0,
     batch_size: arg.BatchSize = "auto",
     budget: arg.Budget = None,
@@ -106,7 +110,7 @@ def find(
     from circuitkit.runs.request import Request, read_settings
     from circuitkit.runs.store import check_target, load_run, write_run
 
-    asked = {"model": model, "n": n, "seed": seed}
+    asked = {"model": model, "neurons": neurons, "n": n, "seed": seed}
     request = Request.read(context.args, task=task, method=method, metric=metric, **asked)
     settings = read_settings(batch_size, budget, progress)
     folder = check_target(out or Path("runs", "-".join((Path(model).name, task, method))))
@@ -128,6 +132,7 @@ def score(
     method: arg.Method = "eap-ig",
     metric: arg.Metric = None,
     n: arg.Pairs = 64,
+    neurons: arg.Neurons = None,
     seed: arg.Seed = 0,
     batch_size: arg.BatchSize = "auto",
     budget: arg.Budget = None,
@@ -140,7 +145,7 @@ def score(
     from circuitkit.runs.store import check_file, write_scores
     from circuitkit.schema import jsonable
 
-    asked = {"model": model, "n": n, "seed": seed}
+    asked = {"model": model, "neurons": neurons, "n": n, "seed": seed}
     request = Request.read(context.args, task=task, method=method, metric=metric, **asked)
     settings = read_settings(batch_size, budget, progress)
     check_file(out)
@@ -223,17 +228,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:
             # A terminated run unwinds like an interrupted one, so that its temporary folder goes.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        code = app(typed, prog_name="circuitkit", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        Console(stderr=True).print("circuitkit: stopped; nothing half-done was written")
-        return STOPPED
+        # Not app(...): that turns Ctrl-C into a number, and what was kept would go unsaid.
+        command = typer.main.get_command(app)
+        with command.make_context("circuitkit", typed) as context:
+            command.invoke(context)
+        return 0
+    except typer.Exit as done:
+        return done.exit_code
+    except (KeyboardInterrupt, typer.Abort) as stopped:
+        return _stopped(stopped)
     except Exception as error:
         message = _in_one_line(error)
         if debug or message is None:
             raise
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"circuitkit: {message}"))
         return USER_ERROR
+
+
+def _stopped(error: BaseException) -> int:
+    """Say what a stopped command left behind: what was kept of it, or that nothing is there."""
+    said = "; ".join(getattr(error, "__notes__", [])) or "nothing half-done was written"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"circuitkit: stopped; {said}"))
+    return STOPPED
 
 
 def _in_one_line(error: Exception) -> str | None:
@@ -254,7 +270,3 @@ def _out(what: Any) -> None:
 
 def _json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
