@@ -17,6 +17,8 @@ from torch import Tensor
 from circuitkit.errors import GraphError
 from circuitkit.shapes import EdgeMask
 
+RECURRENT_KINDS = frozenset({"unit", "cell", "gate", "layer", "subspace"})  # of nodes that only recurrent networks have
+
 
 @dataclass(frozen=True)
 class Node:
@@ -24,7 +26,8 @@ class Node:
 
     Args:
         name: unique among writers and among readers; ``input``, ``a3.h5``, ``m3``, ``a3.h5<q>``, ``logits``.
-        kind: ``input``, ``head``, ``kv``, ``mlp``, ``neuron``, ``logits``, ``unit``, ``gate``, ``latent`` or ``error``.
+        kind: ``input``, ``head``, ``kv``, ``mlp``, ``neuron``, ``logits``, ``latent``, ``error``; of recurrent networks
+            ``unit``, ``cell``, ``gate``, ``layer``, ``subspace``.
         layer: 0-based layer; -1 for the input, the number of layers for the logits.
         stage: order of computation; an edge always goes to a later stage (or, in a recurrent layer, a later step).
         index: which head, unit or latent of the layer; None if it is the only one.
@@ -89,6 +92,11 @@ class Graph:
     def n_edges(self) -> int:
         """Number of possible edges."""
         return int(self.mask.count_nonzero())
+
+    @cached_property
+    def is_recurrent(self) -> bool:
+        """Whether it is the graph of a recurrent network."""
+        return any(node.kind in RECURRENT_KINDS for node in (*self.source_nodes, *self.destination_nodes))
 
     @cached_property
     def roots(self) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from circuitkit.circuit import Circuit
 from circuitkit.errors import GraphError, OptionError
@@ -62,7 +63,8 @@ class Scores:
         """The circuit of the ``n`` highest edges, every one on a path from the input to the logits.
 
         Edges are taken in order of score until ``n`` of them are connected, so the circuit has as close to
-        ``n`` edges as the ranking allows.
+        ``n`` edges as the ranking allows. Where that would leave none of a recurrent network (a weak edge is the only
+        way in, and with it more than ``n`` are connected at once), see `circuitkit.functional.select.with_ways`.
 
         Raises:
             OptionError: if n is not between 1 and the number of possible edges, or scores are not comparable.
@@ -70,7 +72,7 @@ class Scores:
         self._check_size(n)
         self._check_comparable("top")
         order = select.ranked_edges(self.values, self.graph.mask, absolute=absolute)
-        return self._cut(select.largest_connected(order, n, self.graph.mask, self.graph.feeds))
+        return self._cut(self._strongest(order, n))
 
     def threshold(self, t: float, *, absolute: bool = True) -> Circuit:
         """The circuit of the edges whose score (or magnitude) is at least ``t``, dangling ones pruned.
@@ -91,7 +93,7 @@ class Scores:
         """
         self._check_size(n)
         order = select.grown_order(self.values, self.graph.mask, self.graph.feeds, absolute=absolute)
-        return self._cut(select.largest_connected(order, n, self.graph.mask, self.graph.feeds))
+        return self._cut(self._strongest(order, n))
 
     def own(self) -> Circuit:
         """The circuit that the method itself chose, dangling edges pruned.
@@ -125,6 +127,12 @@ class Scores:
         from circuitkit.runs.files import load_scores
 
         return load_scores(path)
+
+    def _strongest(self, order: Tensor, n: int) -> EdgeMask:
+        chosen = select.largest_connected(order, n, self.graph.mask, self.graph.feeds)
+        if bool(chosen.any()) or not self.graph.is_recurrent:
+            return chosen
+        return select.with_ways(order, n, self.graph.mask, self.graph.feeds)
 
     def _cut(self, chosen: EdgeMask) -> Circuit:
         src, dst = chosen.nonzero(as_tuple=True)

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Tokens = Int[Tensor, "batch pos"]
+Numbers = Float[Tensor, "batch pos size"]
+Inputs = Tokens | Numbers
 Logits = Float[Tensor, "batch answer vocab"]
 Stream = Float[Tensor, "batch pos d"]
 EdgeMatrix = Float[Tensor, "src dst"]

@@ -5,8 +5,8 @@ import torch
 
 import circuitkit as ck
 from circuitkit.errors import OptionError, TaskError
-from circuitkit.methods import exact as exact_file
 from circuitkit.methods.plan import Plan, parse_bytes
+from circuitkit.models import edits as edits_file
 from tests.toys import random_model, random_task
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on_with_the_same_answer(monkeyp
     model = random_model()
     task = random_task(model, n=6)
     want = ck.score(model, task, "exact", progress=False)
-    real, sizes = exact_file.patch_edges, []
+    real, sizes = edits_file.patch_edges, []
 
     def hungry(model, run, delta, site, edges, positions):
         sizes.append(len(edges) * run.batch)
@@ -24,7 +24,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on_with_the_same_answer(monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, run, delta, site, edges, positions)
 
-    monkeypatch.setattr(exact_file, "patch_edges", hungry)
+    monkeypatch.setattr(edits_file, "patch_edges", hungry)
     got = ck.score(model, task, "exact", budget="64MiB", progress=False)
     torch.testing.assert_close(got.values, want.values)
     assert max(sizes) > 4 >= sizes[-1]

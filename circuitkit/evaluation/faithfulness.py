@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitkit.circuit import Circuit
+from circuitkit.evaluation.attractors import caution_if_repaired
 from circuitkit.evaluation.curve import areas, curve_circuits, curve_points
 from circuitkit.evaluation.positions import against_known, layout_for, position_metrics
 from circuitkit.functional import select
@@ -25,8 +26,6 @@ from circuitkit.functional.stats import bootstrap_mean, bootstrap_ratio
 from circuitkit.methods.base import check_task, corrupt_writes, matrix_bytes, with_reference
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model
-from circuitkit.models.neurons import group_size
-from circuitkit.models.sweep import record_streams, start_sweep
 from circuitkit.result import Result
 from circuitkit.tasks.base import Batch, Task
 from circuitkit.tasks.spans import fitted_to
@@ -78,7 +77,7 @@ def evaluate(
     nothing, kept = values[0], values[1]
     measured, *others = [normalised(v, nothing, clean) for v in values[1:]]
     points = curve_points(sizes, others[len(random) :])
-    return Result(
+    result = Result(
         task=task.name,
         metric=task.metric.name,
         corrupt_value=corrupt_value,
@@ -97,11 +96,12 @@ def evaluate(
         gap_interval=bootstrap_mean(clean - nothing, seed=seed),
         curve_points=points,
         **areas(points),
-        # Known circuits are of whole MLPs: which neurons of one belong to it, nobody has said.
-        known=None if task.known is None or group_size(circuit.graph) else against_known(circuit, task.known, layout),
+        known=against_known(circuit, task.known, layout),
         seconds=round(time.perf_counter() - start, 3),
         seed=seed,
     )
+    caution_if_repaired(circuit, result)
+    return result
 
 
 def scored_with(circuit: Circuit) -> str:
@@ -125,11 +125,9 @@ def circuit_metrics(
         corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
 
         def one_chunk(batch: Batch, plan: Plan) -> tuple[Tensor, Tensor]:
-            run, streams = record_streams(model, batch.clean)
-            corrupt = model.record(batch.corrupt).writes if corrupt_of is None else corrupt_of(run)
-            batch = with_reference(model, task, batch, run)
-            clean = task.metric(model.logits(run.inputs[-1], batch.positions), batch)
-            sweep = start_sweep(model, run, streams, corrupt)
+            sweep = model.sweep(batch.clean, corrupt_of or (lambda _run: model.record(batch.corrupt).writes))
+            batch = with_reference(model, task, batch, sweep.run)
+            clean = task.metric(model.logits(sweep.run.inputs[-1], batch.positions), batch)
             at_once = max(1, plan.rows(1.25 * matrix_bytes(model, batch), model.device) // len(batch))
             values = []
             for group in masks.split(at_once):

@@ -35,7 +35,8 @@ from circuitkit.errors import OptionError
 from circuitkit.methods.base import check_task, run_bytes, with_reference
 from circuitkit.methods.nodes import corrupt_activations
 from circuitkit.methods.plan import Plan
-from circuitkit.models.hooked import Hook, Model
+from circuitkit.models.hooked import Model
+from circuitkit.models.hooks import Hook
 from circuitkit.models.sites import Place, activations, editor, find_places
 from circuitkit.result import NodeScores
 from circuitkit.tasks.base import Batch, Task

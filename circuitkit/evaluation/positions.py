@@ -15,18 +15,29 @@ from torch import Tensor
 from circuitkit.circuit import Circuit
 from circuitkit.errors import GraphError
 from circuitkit.functional.stats import auroc
-from circuitkit.graph import Graph
+from circuitkit.graph import Graph, Node
 from circuitkit.methods.base import clean_and_corrupt, corrupt_writes, matrix_bytes, with_reference
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model
+from circuitkit.models.neurons import group_size
 from circuitkit.models.position_circuits import run_position_circuits
+from circuitkit.models.views import check_view, group_in
 from circuitkit.positions import Layout, is_positional
 from circuitkit.tasks.base import Batch, Task
 from circuitkit.tasks.spans import spans_of
 
 
 def layout_for(model: Model, graph: Graph) -> Layout | None:
-    """Where a graph's positions are, if it has any. Raises GraphError if the rest is not the model's graph."""
+    """Where a graph's positions are, if it has any.
+
+    The windows of a recurrent graph are the model's own: such a graph must be that of the model as it is viewed.
+
+    Raises:
+        GraphError: if the graph is not the model's; for another view of a recurrent model, it says which to make.
+    """
+    if model.family == "recurrent" or graph.is_recurrent:
+        check_view(model, graph)
+        return None
     layout = Layout.of(graph) if is_positional(graph) else None
     base = graph if layout is None else layout.base
     if not base.same_as(model.graph):
@@ -68,8 +79,19 @@ def position_metrics(
     return torch.cat([clean for clean, _ in parts]), torch.cat([values for _, values in parts], 1)
 
 
-def against_known(circuit: Circuit, known: tuple[str, ...], layout: Layout | None) -> dict[str, float | None]:
-    """Precision and recall of a circuit, AUROC of its ranking; an edge with positions counts if it is in any span."""
+def against_known(
+    circuit: Circuit, known: tuple[str, ...] | None, layout: Layout | None
+) -> dict[str, float | None] | None:
+    """Precision and recall of a circuit, AUROC of its ranking; an edge with positions counts if it is in any span.
+
+    None where nobody has said which nodes belong to the circuit: single neurons of MLPs, groups of recurrent units.
+    """
+    if known is None or group_size(circuit.graph):
+        return None
+    if circuit.graph.is_recurrent:
+        if group_in(circuit.graph) != "unit" or any(node.kind == "subspace" for node in circuit.graph.source_nodes):
+            return None
+        circuit = without_windows(circuit)
     graph = circuit.graph if layout is None else layout.base
     truth, mask = graph.edge_mask(known), circuit.mask if layout is None else layout.collapse(circuit.mask)
     hits = int((mask & truth).sum())
@@ -81,3 +103,40 @@ def against_known(circuit: Circuit, known: tuple[str, ...], layout: Layout | Non
         values = circuit.scores.values.abs() if layout is None else layout.largest(circuit.scores.values)
         out["auroc"] = auroc(values[graph.mask], truth[graph.mask])
     return out
+
+
+def without_windows(circuit: Circuit) -> Circuit:
+    """A circuit of a recurrent graph with its time collapsed: an edge's score is the largest of all windows."""
+    graph = circuit.graph
+    if not is_positional(graph):
+        return circuit
+    (rows, sources), (columns, destinations) = (_bare(side) for side in (graph.source_nodes, graph.destination_nodes))
+    shape = (len(sources), len(destinations))
+    at, fed = rows[:, None] * shape[1] + columns, columns[:, None] * shape[0] + rows
+
+    def largest(values: Tensor, where: Tensor, shape: tuple[int, int]) -> Tensor:
+        out = values.new_zeros(shape[0] * shape[1])
+        return out.scatter_reduce(0, where.flatten(), values.flatten(), "amax").reshape(shape)
+
+    mask, feeds = (
+        largest(graph.mask.int(), at, shape).bool(),
+        largest(graph.feeds.int(), fed, (shape[1], shape[0])).bool(),
+    )
+    base = Graph(sources, destinations, mask, feeds)
+    scores = circuit.scores
+    if scores is not None:
+        values = largest(scores.values.abs(), at, shape)
+        scores = replace(scores, values=values, graph=base, stderr=None, selected=None, signed=False)
+    chosen = largest(circuit.mask.int(), at, shape).bool()
+    src, dst = chosen.nonzero(as_tuple=True)
+    return Circuit(base, src, dst, largest(circuit._matrix(circuit.score.abs()), at, shape)[src, dst], scores=scores)
+
+
+def _bare(nodes: tuple[Node, ...]) -> tuple[Tensor, tuple[Node, ...]]:
+    """For each node the number of its name without a window, and the nodes of these names."""
+    found: dict[str, Node] = {}
+    for node in nodes:
+        name = node.name.removesuffix(f"@{node.span}")
+        found.setdefault(name, replace(node, name=name, span=None))
+    number = {name: i for i, name in enumerate(found)}
+    return torch.tensor([number[node.name.removesuffix(f"@{node.span}")] for node in nodes]), tuple(found.values())

@@ -86,6 +86,56 @@ def largest_connected(
     return first_edges(kept, len(kept), mask)
 
 
+def with_ways(order: Int[Tensor, "edge two"], n: int, mask: EdgeMask, feeds: Bool[Tensor, "dst src"]) -> EdgeMask:
+    """At most ``n`` edges, connected: the first of ``order``, each with a short way from a root and on to a sink.
+
+    For rankings of which no prefix leaves between 1 and ``n`` edges: where a weak edge is the only way in, as in a
+    recurrent network that is told something once, a prefix without it is not connected at all, and the shortest one
+    with it is already too large. All edges are taken from that one.
+
+    >>> mask = torch.tensor([[True, True], [False, True]])               # input->0, input->sink; unit->sink
+    >>> feeds = torch.tensor([[False, True], [False, False]])
+    >>> with_ways(torch.tensor([[1, 1], [0, 0], [0, 1]]), 2, mask, feeds).tolist()
+    [[True, False], [False, True]]
+    """
+    fed, low, high = feeds.nonzero(), 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if bool(_connected(order[:middle], fed, mask).any()):
+            high = middle
+        else:
+            low = middle + 1
+    edges = [(int(s), int(d)) for s, d in order[:low][_connected(order[:low], fed, mask)].tolist()]
+    from_root = _ways([(s, d) for s, d in edges], fed.tolist(), (~feeds.any(0)).nonzero().flatten().tolist())
+    backward = _ways([(d, s) for s, d in edges], fed.flip(1).tolist(), (~feeds.any(1)).nonzero().flatten().tolist())
+    chosen: set[tuple[int, int]] = set()
+    for src, dst in edges:
+        way = {(src, dst), *from_root[src], *((s, d) for d, s in backward[dst])}
+        chosen |= way if len(chosen | way) <= n else set()
+    out = torch.zeros_like(mask)
+    out[tuple(torch.tensor(sorted(chosen), dtype=torch.long).reshape(-1, 2).T)] = True
+    return out
+
+
+def _ways(edges: list[tuple[int, int]], fed: list[list[int]], roots: list[int]) -> dict[int, list[tuple[int, int]]]:
+    """The edges of a shortest way from a root to each writer; edges are (writer, reader), ``fed`` (reader, writer)."""
+    out_of: dict[int, list[int]] = {}
+    for src, dst in edges:
+        out_of.setdefault(src, []).append(dst)
+    fed_by: dict[int, list[int]] = {}
+    for reader, writer in fed:
+        fed_by.setdefault(reader, []).append(writer)
+    ways: dict[int, list[tuple[int, int]]] = {root: [] for root in roots}
+    queue = list(roots)
+    for src in queue:
+        for dst in out_of.get(src, ()):
+            for writer in fed_by.get(dst, ()):
+                if writer not in ways:
+                    ways[writer] = [*ways[src], (src, dst)]
+                    queue.append(writer)
+    return ways
+
+
 def grown_order(values: EdgeMatrix, mask: EdgeMask, feeds: Bool[Tensor, "dst src"], *, absolute: bool) -> Tensor:
     """Edges in best-first order from the sinks: only edges into readers already reached compete.
 
@@ -127,8 +177,10 @@ def random_connected(n: int, mask: EdgeMask, feeds: Bool[Tensor, "dst src"], gen
     if int(chosen.count_nonzero()) >= 0.95 * n:
         return chosen
     edges, rejected = set[tuple[int, int]](), 0
-    into, inputs = _by_column(mask), _by_column(feeds)
-    sinks = (~feeds.any(1)).nonzero().flatten().tolist()
+    into = _by_column(mask)
+    # In a graph with windows some readers read nothing: there is no state before the first step.
+    inputs = [[reader for reader in readers if into[reader]] for readers in _by_column(feeds)]
+    sinks = (~feeds.any(1) & mask.any(0)).nonzero().flatten().tolist()
     while rejected < 20 and len(edges) < n:
         joined = edges.union(_walk_to_root(sinks, into, inputs, generator))
         rejected += len(joined) > n or joined == edges

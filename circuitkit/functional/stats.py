@@ -26,7 +26,7 @@ class Moments:
         values = values.cpu().double()  # some accelerators have no float64
         n, mean = len(values), values.mean(0)
         gap, total = mean - self.mean, self.n + n
-        self._squares = self._squares + (values - mean).square().sum(0) + gap.square() * (self.n * n / total)
+        self._squares = self._squares + (values - mean).square_().sum(0) + gap.square() * (self.n * n / total)
         self.mean, self.n = self.mean + gap * (n / total), total
 
     @property

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from circuitkit.errors import OptionError
 from circuitkit.functional.ablation import check_corrupt_value
-from circuitkit.methods.base import fidelity, method
+from circuitkit.methods.base import EVERY_FAMILY, fidelity, method
 from circuitkit.methods.plan import Plan
 from circuitkit.methods.search import Judge, Rule, Search
 from circuitkit.models.hooked import Model
@@ -35,7 +35,7 @@ from circuitkit.tasks.base import Task
 Order = Literal["reverse", "forward", "random"]
 
 
-@method("acdc")
+@method("acdc", families=EVERY_FAMILY)
 def acdc(
     model: Model,
     task: Task,

@@ -26,11 +26,13 @@ class Method(Protocol):
     """``(model, task, *, plan, <options>) -> Scores``; keyword-only arguments are the options a user can set.
 
     A method with ``level = "node"`` scores components and returns `NodeScores`; one with ``positions`` scores the edges
-    of a graph with positions, which the task's spans make of the model's.
+    of a graph with positions, which the task's spans make of the model's. ``families`` are the kinds of models that it
+    understands: a method that asks for no more than `circuitkit.models.operations` has takes recurrent networks too.
     """
 
     level: str
     positions: bool
+    families: tuple[str, ...]
 
     def __call__(self, model: Model, task: Task, *, plan: Plan, **options: Any) -> Any:
         """Score every edge or node."""
@@ -39,19 +41,34 @@ class Method(Protocol):
 METHODS: Registry[Method] = Registry("method", "circuitkit.methods")
 
 
-def method(name: str, *, level: str = "edge", positions: bool = False) -> Callable[[Any], Any]:
+EVERY_FAMILY = ("transformer", "recurrent")
+
+
+def method(
+    name: str, *, level: str = "edge", positions: bool = False, families: tuple[str, ...] = ("transformer",)
+) -> Callable[[Any], Any]:
     """Register a method under the name that users type; ``level`` says whether it scores edges or nodes."""
 
     def register(function: Any) -> Any:
-        function.level, function.positions = level, positions
+        function.level, function.positions, function.families = level, positions, families
         return METHODS.add(name)(function)
 
     return register
 
 
-def edge_methods() -> tuple[str, ...]:
-    """Names of the methods that score edges, from whose scores a circuit can be cut."""
-    return tuple(name for name, function in METHODS.items() if function.level == "edge")
+def edge_methods(family: str = "transformer") -> tuple[str, ...]:
+    """Names of the methods that score edges of such models, from whose scores a circuit can be cut."""
+    return tuple(name for name, f in METHODS.items() if f.level == "edge" and family in f.families)
+
+
+def check_family(name: str, model: Model) -> None:
+    """Refuse a method that does not understand a kind of model. Raises OptionError."""
+    if model.family not in METHODS[name].families:
+        able = [other for other, function in METHODS.items() if model.family in function.families]
+        raise OptionError(
+            f"{name} needs a {' or '.join(METHODS[name].families)}, and {model.name} is {model.family}; "
+            f"use one of {', '.join(able)}"
+        )
 
 
 def score(
@@ -82,6 +99,7 @@ def score(
     """
     function = METHODS[method]
     options = checked_options(method, function, options)
+    check_family(method, model)
     check_task(model, task)
     plan = Plan.of(batch_size, budget, progress, seed)
     start = time.perf_counter()
@@ -132,7 +150,11 @@ def check_task(model: Model, task: Task) -> None:
     if len(task) == 0:
         raise TaskError(f"task {task.name!r} has no examples")
     for batch in task.batches:
+        model.check_answers(batch.positions)
         for side in (batch.clean, batch.corrupt):
+            if model.numbers is not None or side.dim() == 3:
+                _check_numbers(model, task, side)
+                continue
             if side.dtype not in (torch.int64, torch.int32):
                 raise TaskError(f"task {task.name!r} has {side.dtype} tokens, expected token ids (int64)")
             if int(side.min()) < 0 or int(side.max()) >= model.d_vocab:
@@ -148,6 +170,20 @@ def check_task(model: Model, task: Task) -> None:
             raise TaskError(
                 f"{model.name} is not causal, so padding would change its answers: give one batch per length"
             )
+
+
+def _check_numbers(model: Model, task: Task, side: Tensor) -> None:
+    """Refuse numbers that a network cannot read, or that it does not expect. Raises TaskError."""
+    wanted = "token ids [n, pos]" if model.numbers is None else f"numbers [n, pos, {model.numbers}]"
+    if side.dim() != 3 or not side.is_floating_point() or side.shape[2] != model.numbers:
+        raise TaskError(
+            f"task {task.name!r} has inputs {tuple(side.shape)} of {side.dtype}, {model.name} reads {wanted}"
+        )
+    if side.shape[1] == 0:
+        raise TaskError(f"task {task.name!r} has sequences of length zero; a recurrent network needs at least one step")
+    if not bool(side.isfinite().all()):
+        row, step = (side.isfinite().all(2) == False).nonzero()[0].tolist()  # noqa: E712
+        raise TaskError(f"task {task.name!r} has NaN or infinite inputs, first in row {row} at step {step}")
 
 
 def with_reference(model: Model, task: Task, batch: Batch, run: Run) -> Batch:
@@ -188,12 +224,16 @@ def corrupt_writes(model: Model, task: Task, plan: Plan, corrupt_value: str) -> 
         return None
     if corrupt_value == "zero":
         return lambda run: tuple(torch.zeros_like(w) for w in run.writes)
+    if corrupt_value == "optimal" and model.family != "transformer":
+        raise OptionError(
+            f"optimal constants are learned for transformers, and {model.name} is {model.family}; use "
+            "corrupt_value = 'counterfactual', 'mean', 'position-mean' or 'zero'"
+        )
     if corrupt_value == "optimal":
         from circuitkit.methods.optimal_constants import optimal_writes  # which needs what is in this file
 
         return optimal_writes(model, task, plan)
     per_position = corrupt_value == "position-mean"
-    sites = range(len(model.wiring.write_sites))
     recorded = list(
         plan.over(
             task,
@@ -203,6 +243,7 @@ def corrupt_writes(model: Model, task: Task, plan: Plan, corrupt_value: str) -> 
             lambda b, _: (model.record(b.clean).writes, b.lengths),
         )
     )
+    sites = range(len(recorded[0][0]))
     means = [task_mean(((w[i], lengths) for w, lengths in recorded), per_position=per_position) for i in sites]
     return lambda run: tuple(mean[: w.shape[1]].to(w).expand_as(w) for mean, w in zip(means, run.writes, strict=True))
 
@@ -214,26 +255,18 @@ def clean_and_corrupt(model: Model, batch: Batch, corrupt_of: CorruptWrites) -> 
 
 
 def run_bytes(model: Model, batch: Batch) -> float:
-    """Bytes per example of a recorded run: the stream at each block and all writes."""
-    d = model.wiring.width
-    return 4.0 * batch.clean.shape[1] * d * 4 * (len(model.wiring.blocks) + 1)
+    """Bytes per example of a recorded run."""
+    return model.run_bytes(batch.clean.shape[1])
 
 
 def matrix_bytes(model: Model, batch: Batch) -> float:
-    """Bytes per example of the writes of all components in full width, and of one block's readers."""
-    readers = 3 * max(site.n for site in model.wiring.read_sites)
-    return 4.0 * batch.clean.shape[1] * model.wiring.width * (len(model.graph.sources) + 1.5 * readers)
+    """Bytes per example of the writes of all components as circuits need them."""
+    return model.matrix_bytes(batch.clean.shape[1])
 
 
 def backward_bytes(model: Model, batch: Batch) -> float:
-    """Bytes per example that a backward pass keeps: a rough count over blocks.
-
-    For GPT-2 small at 16 tokens it says 18.3 MB; 18.5 MB were measured.
-    """
-    length, d = batch.clean.shape[1], model.wiring.width
-    nodes = model.graph.destination_nodes
-    heads = max(site.n for site in model.wiring.read_sites if nodes[site.first].kind != "neuron")
-    return 4.0 * len(model.wiring.blocks) * length * (30 * d + 4 * heads * length)
+    """Bytes per example that a backward pass keeps."""
+    return model.backward_bytes(batch.clean.shape[1])
 
 
 def finished(model: Model, moments: Moments, **fields: Any) -> Scores:

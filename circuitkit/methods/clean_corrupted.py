@@ -9,7 +9,7 @@ Reference: the ``clean-corrupted`` method of the EAP-IG library (Hanna et al. 20
 
 from __future__ import annotations
 
-from circuitkit.methods.base import method
+from circuitkit.methods.base import EVERY_FAMILY, method
 from circuitkit.methods.gradients import path_scores
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model
@@ -17,7 +17,7 @@ from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 
-@method("clean-corrupted")
+@method("clean-corrupted", families=EVERY_FAMILY)
 def clean_corrupted(model: Model, task: Task, *, plan: Plan, corrupt_value: str = "counterfactual") -> Scores:
     """Score every edge by the mean gradient of the two ends."""
     return path_scores(model, task, plan, alphas=[0.0, 1.0], weights=[0.5, 0.5], corrupt_value=corrupt_value)

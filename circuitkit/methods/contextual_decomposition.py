@@ -39,9 +39,9 @@ from circuitkit.methods.base import (
     method,
     with_reference,
 )
-from circuitkit.methods.exact import edge_chunks
 from circuitkit.methods.plan import Plan
 from circuitkit.models.decomposition import Decomposition, inner_wiring, record_whole
+from circuitkit.models.edits import edge_chunks
 from circuitkit.models.hooked import Model
 from circuitkit.scores import Scores
 from circuitkit.tasks.base import Batch, Task

@@ -11,7 +11,7 @@ Reference: Syed, Rager and Conmy 2023, arXiv:2310.10348. Deviation: signed, not 
 
 from __future__ import annotations
 
-from circuitkit.methods.base import method
+from circuitkit.methods.base import EVERY_FAMILY, method
 from circuitkit.methods.gradients import path_scores
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model
@@ -19,7 +19,7 @@ from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 
-@method("eap")
+@method("eap", families=EVERY_FAMILY)
 def eap(model: Model, task: Task, *, plan: Plan, corrupt_value: str = "counterfactual") -> Scores:
     """Score every edge by edge attribution patching."""
     return path_scores(model, task, plan, alphas=[1.0], weights=[1.0], corrupt_value=corrupt_value)

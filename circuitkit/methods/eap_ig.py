@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from circuitkit.errors import OptionError
 from circuitkit.functional.attribution import QUADRATURES, quadrature
-from circuitkit.methods.base import method
+from circuitkit.methods.base import EVERY_FAMILY, method
 from circuitkit.methods.gradients import path_scores
+from circuitkit.methods.path_completeness import caution_if_incomplete
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model
 from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 
-@method("eap-ig")
+@method("eap-ig", families=EVERY_FAMILY)
 def eap_ig(
     model: Model,
     task: Task,
@@ -42,4 +43,6 @@ def eap_ig(
     if rule not in QUADRATURES:
         raise OptionError(f"got rule = {rule!r}, expected one of {', '.join(QUADRATURES)}")
     alphas, weights = quadrature(rule, steps)
-    return path_scores(model, task, plan, alphas=alphas, weights=weights, corrupt_value=corrupt_value)
+    scores = path_scores(model, task, plan, alphas=alphas, weights=weights, corrupt_value=corrupt_value)
+    caution_if_incomplete(model, task, plan, scores, steps=steps, corrupt_value=corrupt_value)
+    return scores

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from circuitkit.errors import OptionError
 from circuitkit.functional.sparsity import chance_open, hard_concrete, lagrangian, uniform_noise
-from circuitkit.methods.base import method
+from circuitkit.methods.base import EVERY_FAMILY, method
 from circuitkit.methods.checkpoint import Parameters
 from circuitkit.methods.learning import Learning, Recipe, check_positive, edge_number, learn, learned_scores
 from circuitkit.methods.plan import Plan
@@ -33,7 +33,7 @@ from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 
-@method("edge-pruning")
+@method("edge-pruning", families=EVERY_FAMILY)
 def edge_pruning(
     model: Model,
     task: Task,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.base import (
+    EVERY_FAMILY,
     backward_bytes,
     clean_and_corrupt,
     corrupt_writes,
@@ -27,14 +28,12 @@ from circuitkit.methods.base import (
     with_reference,
 )
 from circuitkit.methods.plan import Plan
-from circuitkit.models.edits import patch_edges
 from circuitkit.models.hooked import Model
-from circuitkit.models.wiring import ReadSite
 from circuitkit.scores import Scores
 from circuitkit.tasks.base import Batch, Task
 
 
-@method("exact")
+@method("exact", families=EVERY_FAMILY)
 def exact(model: Model, task: Task, *, plan: Plan, corrupt_value: str = "counterfactual") -> Scores:
     """Score every edge by patching it."""
     corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
@@ -44,29 +43,19 @@ def exact(model: Model, task: Task, *, plan: Plan, corrupt_value: str = "counter
         def one_chunk(batch: Batch, plan: Plan) -> Float[Tensor, "batch src dst"]:
             run, corrupt = clean_and_corrupt(model, batch, corrupt_of)
             batch = with_reference(model, task, batch, run)
-            delta = model.wiring.expand_difference(run.writes, corrupt)
             clean = task.metric(model.logits(run.inputs[-1], batch.positions), batch)
-            scores = delta.new_zeros(len(batch), *model.graph.mask.shape)
+            scores = clean.new_zeros(len(batch), *model.graph.mask.shape)
             # A replay without gradients holds less, but small batches are faster on a CPU.
             rows = plan.rows(backward_bytes(model, batch) / 2, model.device)
-            for site in model.wiring.read_sites:
-                for edges in edge_chunks(model, site, max(1, rows // len(batch))):
-                    logits, changed = patch_edges(model, run, delta, site, edges, batch.positions)
-                    many = batch.rows(torch.arange(len(batch), device=logits.device).repeat(len(edges)))
-                    patched = task.metric(logits.flatten(0, 1), many).unflatten(0, (len(edges), len(batch)))
-                    src, dst = torch.tensor(edges).T
-                    scores[:, src, dst] = torch.where(changed, clean - patched, 0.0).T.to(scores.dtype)
-                    bar.update(len(edges) * len(batch))
+            for edges, logits, changed in model.patched_edges(run, corrupt, batch.positions, rows):
+                many = batch.rows(torch.arange(len(batch), device=logits.device).repeat(len(edges)))
+                patched = task.metric(logits.flatten(0, 1), many).unflatten(0, (len(edges), len(batch)))
+                src, dst = torch.tensor(edges).T
+                scores[:, src, dst] = torch.where(changed, clean - patched, 0.0).T.to(scores.dtype)
+                bar.update(len(edges) * len(batch))
             return scores
 
         silent = replace(plan, progress=False)
         for scores in silent.over(task, model.device, "", lambda b: matrix_bytes(model, b), one_chunk):
             moments.add(scores)
     return finished(model, moments)
-
-
-def edge_chunks(model: Model, site: ReadSite, size: int) -> list[list[tuple[int, int]]]:
-    """The possible edges into a site's readers, reader by reader, in groups of at most ``size``."""
-    pairs = model.graph.mask[:, site.columns].T.nonzero().tolist()
-    edges = [(src, dst + site.first) for dst, src in pairs]
-    return [edges[i : i + size] for i in range(0, len(edges), size)]

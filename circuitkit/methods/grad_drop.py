@@ -13,7 +13,8 @@ from torch import Tensor
 
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.models.edits import gradients_at
-from circuitkit.models.hooked import Hook, Model, Run
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook
 from circuitkit.models.wiring import Port
 from circuitkit.tasks.base import Batch, Task
 

@@ -17,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitkit.errors import MetricError
-from circuitkit.functional.attribution import edge_scores
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.base import (
@@ -30,7 +29,6 @@ from circuitkit.methods.base import (
     with_reference,
 )
 from circuitkit.methods.plan import Plan
-from circuitkit.models.edits import reader_gradients
 from circuitkit.models.hooked import Model, Run
 from circuitkit.scores import Scores
 from circuitkit.tasks.base import Batch, Task
@@ -46,12 +44,12 @@ def path_scores(
     alphas: list[float],
     weights: list[float],
     corrupt_value: str,
-    gradients: Callable[..., Any] = reader_gradients,
+    gradients: Callable[..., Any] | None = None,
 ) -> Scores:
     """Edge scores with the gradient taken at the given points of the path and averaged with the given weights.
 
     Args:
-        gradients: what takes the gradient: `reader_gradients`, or another backward pass with the same arguments.
+        gradients: what takes the gradient: the model's ``edge_slopes``, or another backward pass of a transformer.
 
     Raises:
         MetricError: if the metric has no gradient, or a zero one although corrupting the input changes it.
@@ -105,7 +103,7 @@ def _chunk_scores(
     alphas: list[float],
     weights: list[float],
     at_once: int,
-    gradients: Callable[..., Any],
+    gradients: Callable[..., Any] | None,
 ) -> tuple[Float[Tensor, "batch src dst"], tuple[float, float] | None]:
     run, corrupt, clean = _ends(model, task, batch, corrupt_of, alphas)
     batch = with_reference(model, task, batch, run)
@@ -115,22 +113,24 @@ def _chunk_scores(
         part = slice(first, first + at_once)
         x = torch.stack([begin + alpha * (end - begin) for alpha in alphas[part]])
         objective = partial(_objective, task, batch, weights[part])
-        writes, groups = gradients(model, run, x, batch.positions, objective)
+        take = model.edge_slopes if gradients is None else partial(gradients, model)
+        writes, slopes = take(run, x, batch.positions, objective)
         if delta is None:
-            delta = model.wiring.expand_difference(writes if len(clean) == 1 else clean, corrupt)
-            scores = delta.new_zeros(len(batch), *model.graph.mask.shape)
-        for columns, gradient in groups:
-            n = int(model.graph.mask[:, columns].any(1).nonzero().max()) + 1
-            scores[:, :n, columns] += edge_scores(delta[:n], gradient)
-    if alphas != [1.0] or delta is None:
+            delta = model.write_difference(writes if len(clean) == 1 else clean, corrupt)
+            scores = at_least_float32(x[:0]).new_zeros(len(batch), *model.graph.mask.shape)
+        model.add_scores(scores, delta, slopes)
+    if alphas != [1.0]:
         return scores, None
-    largest = float(scores.abs().max())
+    largest = max(abs(float(end)) for end in scores.aminmax())
     if largest > SMALL:
         return scores, (largest, 0.0)
-    last = at_least_float32(run.inputs[-1])
-    ends = (last, last - delta.sum(0)) if len(clean) > 1 else (last + delta.sum(0), last)
-    logits = (model.logits(x.to(run.inputs[-1].dtype), batch.positions) for x in ends)
-    here, there = (task.metric(x, batch) for x in logits)
+    if len(clean) > 1:
+        nothing = torch.zeros(1, *model.graph.mask.shape, dtype=torch.bool)
+        there = task.metric(model.run_circuits(run, corrupt, nothing, batch.positions)[0], batch)
+        here = task.metric(model.logits(run.inputs[-1], batch.positions), batch)
+    else:
+        ends = (model.record(batch.clean), run)
+        here, there = (task.metric(model.logits(end.inputs[-1], batch.positions), batch) for end in ends)
     return scores, (largest, float((here - there).abs().max()))
 
 

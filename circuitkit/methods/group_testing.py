@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Literal
 
 from circuitkit.functional.ablation import check_corrupt_value
-from circuitkit.methods.base import fidelity, method
+from circuitkit.methods.base import EVERY_FAMILY, fidelity, method
 from circuitkit.methods.plan import Plan
 from circuitkit.methods.search import Judge, Rule, Search
 from circuitkit.models.hooked import Model
@@ -28,7 +28,7 @@ from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 
-@method("group-testing")
+@method("group-testing", families=EVERY_FAMILY)
 def group_testing(
     model: Model,
     task: Task,

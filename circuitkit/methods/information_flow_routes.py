@@ -24,7 +24,8 @@ from circuitkit.functional.norms import at_least_float32
 from circuitkit.functional.stats import Moments
 from circuitkit.methods.base import finished, matrix_bytes, method
 from circuitkit.methods.plan import Plan
-from circuitkit.models.hooked import Hook, Model, Run, hooked, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, hooked, keeper
 from circuitkit.models.wiring import Port
 from circuitkit.scores import Scores
 from circuitkit.shapes import Stream

@@ -27,7 +27,6 @@ from circuitkit.functional.stats import Moments
 from circuitkit.graph import Graph
 from circuitkit.methods.base import clean_and_corrupt, corrupt_writes, matrix_bytes, method, with_reference
 from circuitkit.methods.plan import Plan
-from circuitkit.models.circuits import run_circuits
 from circuitkit.models.hooked import Model
 from circuitkit.result import NodeScores
 from circuitkit.tasks.base import Batch, Task
@@ -92,7 +91,7 @@ def _effects(
             values = [task.metric(model.logits(run.inputs[-1], batch.positions), batch)[None]]
             groups = [(group, start) for group in (~cut[:-1]).split(at_once)] + [(~cut[-1:], 0)]
             for group, first in groups:
-                logits = run_circuits(model, run, corrupt, group, batch.positions, start=first)
+                logits = model.run_circuits(run, corrupt, group, batch.positions, start=first)
                 many = batch.rows(torch.arange(len(batch), device=logits.device).repeat(len(group)))
                 values.append(task.metric(logits.flatten(0, 1), many).unflatten(0, (len(group), -1)))
                 bar.update(len(group) * len(batch))

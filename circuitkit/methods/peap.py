@@ -44,7 +44,8 @@ from circuitkit.methods.gradients import SMALL, refuse_flat, refuse_without_grad
 from circuitkit.methods.plan import Plan
 from circuitkit.models.attention import attention_scores, attentions
 from circuitkit.models.edits import reader_gradients
-from circuitkit.models.hooked import Hook, Model
+from circuitkit.models.hooked import Model
+from circuitkit.models.hooks import Hook
 from circuitkit.models.wiring import Port
 from circuitkit.positions import SLOTS, Layout, positional_graph
 from circuitkit.scores import Scores

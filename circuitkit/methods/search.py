@@ -29,7 +29,6 @@ from circuitkit.graph import Graph
 from circuitkit.methods.base import corrupt_writes, matrix_bytes, with_reference
 from circuitkit.methods.plan import Plan
 from circuitkit.models.hooked import Model
-from circuitkit.models.removals import Removals
 from circuitkit.scores import Scores
 from circuitkit.shapes import EdgeMask
 from circuitkit.tasks.base import Batch, Task
@@ -73,9 +72,9 @@ class Judge:
     def __init__(self, model: Model, task: Task, plan: Plan, corrupt_value: str) -> None:
         corrupt_of = corrupt_writes(model, task, plan, corrupt_value)
 
-        def record(batch: Batch, _plan: Plan) -> tuple[Batch, Removals]:
+        def record(batch: Batch, _plan: Plan) -> tuple[Batch, Any]:
             of = corrupt_of or (lambda _run: model.record(batch.corrupt).writes)
-            held = Removals(model, batch.clean, batch.positions, of)
+            held = model.removals(batch.clean, batch.positions, of)
             return with_reference(model, task, batch, held.run), held
 
         self.model, self.task, self.plan = model, task, replace(plan, progress=False)
@@ -95,8 +94,7 @@ class Judge:
         """Writers whose corrupt value is not, on every example, exactly what they wrote in the clean run."""
         out = torch.zeros(len(self.model.graph.sources), dtype=torch.bool)
         for _, held in self._parts:
-            for site, a, b in zip(self.model.wiring.write_sites, held.run.writes, held.corrupt, strict=True):
-                out[site.rows] |= (a != b).movedim(2, 0).flatten(1).any(1).cpu()
+            out |= self.model.differs(held.run.writes, held.corrupt)
         return out
 
     def settle(self, keep: EdgeMask, columns: Sequence[int]) -> None:
@@ -109,7 +107,7 @@ class Judge:
         self.circuits_run += len(keep)
         return torch.cat([self._part(keep, columns, *part) for part in self._parts], 1)
 
-    def _part(self, keep: Tensor, columns: Sequence[int], batch: Batch, held: Removals) -> Tensor:
+    def _part(self, keep: Tensor, columns: Sequence[int], batch: Batch, held: Any) -> Tensor:
         values: list[Tensor] = []
         done, size = 0, held.bytes_per_circuit(columns)
         while done < len(keep):

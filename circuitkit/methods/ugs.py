@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from circuitkit.functional.sparsity import uniform_noise, uniform_window
-from circuitkit.methods.base import method
+from circuitkit.methods.base import EVERY_FAMILY, method
 from circuitkit.methods.checkpoint import Parameters
 from circuitkit.methods.learning import Learning, Recipe, check_positive, chosen_edges, learn, learned_scores
 from circuitkit.methods.plan import Plan
@@ -33,7 +33,7 @@ from circuitkit.scores import Scores
 from circuitkit.tasks.base import Task
 
 
-@method("ugs")
+@method("ugs", families=EVERY_FAMILY)
 def ugs(
     model: Model,
     task: Task,

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitkit.functional.norms import at_least_float32
-from circuitkit.models.hooked import Hook, Model, Run, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, keeper
 from circuitkit.models.local import replaced_reads
 from circuitkit.models.wiring import Port, ReadSite, WriteSite
 from circuitkit.positions import SLOTS

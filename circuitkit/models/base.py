@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,19 @@ from torch import nn
 
 from circuitkit.errors import OptionError, UnknownName, UnsupportedModel
 from circuitkit.models.hooked import Model
+from circuitkit.models.views import with_view
 
 
-def load(what: str | nn.Module, *, check: bool = True, neurons: int | None = None, **options: Any) -> Model:
+def load(
+    what: str | nn.Module,
+    *,
+    check: bool = True,
+    neurons: int | None = None,
+    time: str | Sequence[tuple[int, int]] | None = None,
+    steps: int | None = None,
+    group: str | None = None,
+    **options: Any,
+) -> Model:
     """Load a model and test its wiring by experiment.
 
     Args:
@@ -20,11 +31,17 @@ def load(what: str | nn.Module, *, check: bool = True, neurons: int | None = Non
             TransformerBridge, or a HookedTransformer. A module of yours is never changed.
         check: whether to run the load laws (a few passes over five tokens).
         neurons: split every MLP into groups of that many neurons, each a node; None keeps MLPs whole.
+        time: of a recurrent network: ``"collapsed"`` (the default), ``"expanded"``, or windows of steps as
+            ``"0-4,4-12"`` or ``[(0, 4), (4, 12)]``.
+        steps: how long inputs are, for ``time="expanded"``.
+        group: what a node of a recurrent network is: ``"unit"`` (the default), ``"gate"``, ``"layer"`` or
+            ``"direction"``.
         options: for a name, folder or hub id ``device`` and ``dtype``, and ``revision`` for a hub id; for a module
             ``tokenizer`` and ``name``. Move a module of yours to its device before you load it.
 
     Raises:
         OptionError: for an option that does not apply.
+        GraphError: if windows or groups do not fit the network.
         UnknownName: for a name that is nearly one of the zoo's.
         UnsupportedModel: if it cannot be loaded, or its wiring fails a law: results would be wrong.
 
@@ -34,13 +51,18 @@ def load(what: str | nn.Module, *, check: bool = True, neurons: int | None = Non
     allowed = ("device", "dtype", "revision", "name", "tokenizer") if isinstance(what, str) else ("name", "tokenizer")
     unknown = sorted(set(options) - set(allowed))
     if unknown:
-        known = ", ".join(("check", "neurons", *allowed))
+        known = ", ".join(("check", "neurons", "time", "steps", "group", *allowed))
         raise OptionError(f"load has no option {unknown[0]!r} here; its options are {known}")
     model = _load_name(what, options) if isinstance(what, str) else _load_module(what, options)
     if check:
         model.check()
     if neurons is None:
-        return model
+        return with_view(model, time, steps=steps, group=group)
+    if model.family != "transformer":
+        raise OptionError(
+            f"neurons splits the MLPs of transformers, and {model.name} is {model.family}; use group='unit'"
+        )
+    model = with_view(model, time, steps=steps, group=group)
     from circuitkit.models.neurons import split_mlps
 
     return split_mlps(model, neurons, check=check)
@@ -73,6 +95,11 @@ def _load_module(what: nn.Module, options: dict[str, Any]) -> Model:
         from circuitkit.models.transformer import bridge_model
 
         return bridge_model(what, **options)
+    from circuitkit.models.recurrent.watch import recurrent_layers
+    from circuitkit.models.recurrent.wrap import recurrent_model
+
+    if recurrent_layers(what):
+        return recurrent_model(what, **options)
     from circuitkit.models.transformer import module_model
 
     return module_model(what, **options)

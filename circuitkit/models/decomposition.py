@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitkit.functional.norms import Norm, at_least_float32
-from circuitkit.models.hooked import Hook, Model, Run, hooked, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, hooked, keeper
 from circuitkit.models.laws import check_mlps
 from circuitkit.models.neurons import open_mlps
 from circuitkit.models.wiring import Port, ReadSite, Wiring, WriteSite

@@ -15,7 +15,8 @@ from torch import Tensor
 from circuitkit.errors import MetricError
 from circuitkit.functional.attribution import pull_back
 from circuitkit.functional.norms import at_least_float32
-from circuitkit.models.hooked import Hook, Model, Run, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, keeper
 from circuitkit.models.wiring import Port, ReadSite
 from circuitkit.shapes import Logits
 
@@ -221,3 +222,10 @@ def patch_edges(
 def _span(sorted_values: Tensor, value: int) -> tuple[int, int]:
     where = (sorted_values == value).nonzero()
     return int(where[0]), int(where[-1]) + 1
+
+
+def edge_chunks(model: Model, site: ReadSite, size: int) -> list[list[tuple[int, int]]]:
+    """The possible edges into a site's readers, reader by reader, in groups of at most ``size``."""
+    pairs = model.graph.mask[:, site.columns].T.nonzero().tolist()
+    edges = [(src, dst + site.first) for dst, src in pairs]
+    return [edges[i : i + size] for i in range(0, len(edges), size)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,13 +18,11 @@ from torch import Tensor, nn
 
 from circuitkit.errors import UnsupportedModel
 from circuitkit.functional.norms import at_least_float32
-from circuitkit.graph import Graph
 from circuitkit.models.calls import Call, repeat_call, split_call
+from circuitkit.models.hooks import Hook, hooked, keeper, quiet
+from circuitkit.models.operations import EdgeOperations
 from circuitkit.models.wiring import Port, Wiring
 from circuitkit.shapes import Logits, Stream, Tokens
-
-T = TypeVar("T")
-Hook = tuple[Port, Callable[[Tensor], Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +38,8 @@ class Run:
 
     batch: int
     calls: tuple[Call, ...]
-    inputs: tuple[Stream, ...]
-    writes: tuple[Float[Tensor, "batch pos node width"], ...]
+    inputs: tuple[Float[Tensor, "_ _ _"], ...]
+    writes: tuple[Float[Tensor, "_ _ _ _"], ...]
 
     def rows(self, index: slice) -> Run:
         """The examples chosen by a slice."""
@@ -54,7 +52,7 @@ class Run:
         )
 
 
-class Model:
+class Model(EdgeOperations):
     """A trained network, ready to be recorded and replayed.
 
     Args:
@@ -86,11 +84,6 @@ class Model:
         self.causal = True
         self._forward = forward
         self._is_quiet = False
-
-    @property
-    def graph(self) -> Graph:
-        """Names of writers and readers, and the possible edges."""
-        return self.wiring.graph
 
     @property
     def device(self) -> torch.device:
@@ -226,15 +219,6 @@ class _Stop(Exception):
     """Raised by our own hook to end a forward pass early."""
 
 
-def keeper(store: dict[T, Tensor], key: T) -> Callable[[Tensor], None]:
-    """A hook that keeps what it sees."""
-
-    def keep(x: Tensor) -> None:
-        store[key] = x
-
-    return keep
-
-
 def _check_finite(inputs: list[Tensor]) -> None:
     for i, x in enumerate(inputs):
         if not torch.isfinite(x).all():
@@ -244,56 +228,3 @@ def _check_finite(inputs: list[Tensor]) -> None:
             raise UnsupportedModel(
                 f"the stream {where} holds NaN or infinite values: {maker} makes them; check its weights{narrow}"
             )
-
-
-@contextmanager
-def hooked(hooks: Sequence[Hook]) -> Iterator[None]:
-    """Attach functions to ports; each may return a replacement for what it saw. Removed on exit, also on error."""
-    with ExitStack() as stack:
-        for port, function in hooks:
-            handle = (
-                port.module.register_forward_hook(_on_output(function))
-                if port.side == "out"
-                else port.module.register_forward_pre_hook(_on_input(function))
-            )
-            stack.callback(handle.remove)
-        yield
-
-
-def _on_output(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return function(output)
-        new = function(output[0])
-        return None if new is None else (new, *output[1:])
-
-    return hook
-
-
-def _on_input(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
-        new = function(args[0])
-        return None if new is None else (new, *args[1:])
-
-    return hook
-
-
-@contextmanager
-def quiet(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside; both exactly as found afterwards."""
-    # A bridge keeps the Hugging Face module that it runs outside its own tree, with dropout modules of its own.
-    inner = getattr(module, "original_model", None)
-    roots = [module, inner] if isinstance(inner, nn.Module) else [module]
-    training = [m for root in roots for m in root.modules() if m.training]
-    learning = [p for root in roots for p in root.parameters() if p.requires_grad]
-    try:
-        for m in training:
-            m.training = False
-        for p in learning:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for m in training:
-            m.training = True
-        for p in learning:
-            p.requires_grad_(True)

@@ -22,7 +22,8 @@ from circuitkit.errors import UnsupportedModel
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.models.circuits import run_circuits
 from circuitkit.models.edits import reader_gradients
-from circuitkit.models.hooked import Hook, Model, Run, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, keeper
 from circuitkit.models.transformer import probe_tokens
 from circuitkit.models.wiring import MlpParts, Port, ReadSite
 

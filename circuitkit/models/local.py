@@ -17,7 +17,8 @@ from torch import Tensor
 from circuitkit.errors import UnsupportedModel
 from circuitkit.functional.attribution import edge_scores, pull_back
 from circuitkit.functional.norms import at_least_float32
-from circuitkit.models.hooked import Hook, Model, Run, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, keeper
 from circuitkit.models.wiring import Port, ReadSite, WriteSite
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitkit.functional.norms import at_least_float32
-from circuitkit.models.hooked import Hook, Model, Run
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook
 from circuitkit.models.wiring import MlpParts, ReadSite, Wiring, WriteSite
 from circuitkit.shapes import EdgeMask
 

@@ -20,7 +20,8 @@ from circuitkit.functional.norms import at_least_float32
 from circuitkit.models.attention import Attention, attentions, read_together
 from circuitkit.models.calls import repeat_call
 from circuitkit.models.circuits import Circuits
-from circuitkit.models.hooked import Hook, Model, Run, hooked, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, hooked, keeper
 from circuitkit.models.wiring import Port, ReadSite
 from circuitkit.positions import Layout
 from circuitkit.shapes import Stream

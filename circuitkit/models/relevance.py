@@ -22,7 +22,8 @@ from torch import Tensor
 from circuitkit.errors import OptionError
 from circuitkit.functional.norms import Norm, at_least_float32
 from circuitkit.models.edits import Objective, reader_gradients
-from circuitkit.models.hooked import Hook, Model, Run, hooked, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, hooked, keeper
 from circuitkit.models.wiring import MlpParts, Port, ReadSite
 
 Seen = dict[Any, Tensor]

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitkit.functional.norms import at_least_float32
-from circuitkit.models.hooked import Hook, Model, Run, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, keeper
 from circuitkit.models.parts import Part, answers, find_parts, leads_on, tied_feeds, written
 from circuitkit.models.sweep import record_streams
 from circuitkit.models.wiring import Port, ReadSite

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitkit.errors import OptionError
-from circuitkit.models.hooked import Hook, Model, Run, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, keeper
 from circuitkit.models.wiring import Port
 
 SITES = ("resid", "head", "q", "k", "v", "pattern", "mlp", "neuron")

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitkit.functional.norms import at_least_float32
-from circuitkit.models.hooked import Hook, Model, Run, hooked, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, hooked, keeper
 from circuitkit.models.skipping import without_products
 from circuitkit.models.wiring import Port, ReadSite, WriteSite
 from circuitkit.shapes import Tokens

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from circuitkit.errors import UnsupportedModel
 from circuitkit.functional.norms import Norm, at_least_float32
-from circuitkit.models.hooked import Hook, Model, hooked, keeper, quiet
+from circuitkit.models.hooked import Model
+from circuitkit.models.hooks import Hook, hooked, keeper, quiet
 from circuitkit.models.wiring import MlpParts, Port, ReadSite, Wiring, WriteSite, transformer_graph
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from circuitkit.errors import MetricError
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.models.edits import Objective, own_copy, pulled
-from circuitkit.models.hooked import Hook, Model, Run, keeper
+from circuitkit.models.hooked import Model, Run
+from circuitkit.models.hooks import Hook, keeper
 from circuitkit.models.wiring import Port, ReadSite, WriteSite
 from circuitkit.shapes import Stream
 

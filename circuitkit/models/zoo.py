@@ -8,6 +8,7 @@ from typing import Any
 
 from circuitkit.errors import FormatError, UnknownName
 from circuitkit.models.hooked import Model
+from circuitkit.models.recurrent.zoo import load_recurrent, recurrent_names
 from circuitkit.resources import resource
 
 FOLDERS = {
@@ -24,7 +25,7 @@ def zoo_names() -> tuple[str, ...]:
     for short, folder in FOLDERS.items():
         found = sorted(path.stem for path in resource(folder).glob("*.safetensors"))
         names += [SHORT.get(f"{short}/{stem}", f"{short}/{stem}") for stem in found]
-    return tuple(names)
+    return (*names, *recurrent_names())
 
 
 def zoo_name(name: str) -> str | None:
@@ -52,6 +53,8 @@ def load_zoo(name: str, **options: Any) -> Model:
         )
     if name not in zoo_names():
         raise UnknownName(f"{name!r} is not in the zoo; it has {', '.join(zoo_names())}")
+    if name in recurrent_names():
+        return load_recurrent(name, **options)
     if name == "stories260k-tl":
         weights, card = (
             resource("stories260k", "hooked_transformer.safetensors"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from circuitkit.errors import OptionError
 from circuitkit.functional.metrics import METRICS, Metric
 from circuitkit.registry import Registry
-from circuitkit.shapes import Logits, Tokens
+from circuitkit.shapes import Inputs, Logits
 
 
 class Vocabulary(Protocol):
@@ -32,7 +32,7 @@ class Batch:
     """Aligned pairs of inputs, padded on the right, and where and how the answer is read.
 
     Args:
-        clean: inputs that show the behaviour.
+        clean: inputs that show the behaviour: token ids, or the numbers that a recurrent network reads.
         corrupt: inputs of the same lengths that do not.
         lengths: real tokens in each row; what follows is padding.
         positions: where the answer is read.
@@ -43,8 +43,8 @@ class Batch:
         spans: number of the span that each position belongs to, -1 for padding; or None.
     """
 
-    clean: Tokens
-    corrupt: Tokens
+    clean: Inputs
+    corrupt: Inputs
     lengths: Int[Tensor, " batch"]
     positions: Int[Tensor, "batch answer"]
     right: Int[Tensor, "batch answer k"]
@@ -106,7 +106,7 @@ class Task:
 
     @classmethod
     def from_tokens(
-        cls, clean: Tokens, corrupt: Tokens, right: Tensor, wrong: Tensor | None = None, **options: Any
+        cls, clean: Inputs, corrupt: Inputs, right: Tensor | None, wrong: Tensor | None = None, **options: Any
     ) -> Task:
         """See `circuitkit.tasks.own.from_tokens`."""
         from circuitkit.tasks.own import from_tokens

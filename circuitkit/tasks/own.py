@@ -7,13 +7,12 @@ batch has padding.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from circuitkit.cautions import caution
 from circuitkit.errors import TaskError
 from circuitkit.functional.metrics import METRICS, Metric
 from circuitkit.tasks import rows as checked
@@ -41,7 +40,8 @@ def from_tokens(
     """A task from token ids.
 
     Args:
-        clean: inputs that show the behaviour, ``[n, pos]``, padded on the right with anything.
+        clean: inputs that show the behaviour, ``[n, pos]``, padded on the right with anything; for a recurrent network
+            that reads numbers, these as a tensor ``[n, pos, size]``.
         corrupt: inputs of the same lengths that do not.
         right: ids counted as right: ``[n]``, ``[n, k]`` or ``[n, answer, k]`` (lists may be ragged, -1 is
             unused); None for a metric that needs none.
@@ -211,7 +211,7 @@ def _batch(
     wrong: Any,
     target: Any,
 ) -> Batch:
-    inputs, others = checked.token_matrix(clean, "clean"), checked.token_matrix(corrupt, "corrupt")
+    inputs, others = checked.input_rows(clean, "clean"), checked.input_rows(corrupt, "corrupt")
     if inputs.shape != others.shape:
         raise TaskError(f"clean is {tuple(inputs.shape)} and corrupt {tuple(others.shape)}, expected the same shape")
     real = checked.real_lengths(lengths, inputs)
@@ -253,25 +253,14 @@ def _answer_rows(model: Vocabulary, contexts: list[str], answers: Any, what: str
 
 
 def _check_differs(batch: Batch) -> None:
-    same = (batch.clean == batch.corrupt).all(1).nonzero().flatten().tolist()
+    same = (batch.clean == batch.corrupt).flatten(1).all(1).nonzero().flatten().tolist()
     if len(same) == len(batch):
         raise TaskError(
             "clean and corrupt are the same in every row, so nothing can be scored; change the corrupt inputs"
         )
     if same:
         some = ", ".join(map(str, same[:8])) + (", ..." if len(same) > 8 else "")
-        warnings.warn(
-            f"clean and corrupt are the same in {len(same)} of {len(batch)} rows ({some}); they score 0",
-            stacklevel=_depth(),
-        )
-
-
-def _depth() -> int:
-    """How many frames up the user's own line is, so that the warning points at it."""
-    frame, depth = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("circuitkit."):
-        frame, depth = frame.f_back, depth + 1
-    return depth
+        caution(f"clean and corrupt are the same in {len(same)} of {len(batch)} rows ({some}); they score 0")
 
 
 def _by_length(batch: Batch) -> tuple[Batch, ...]:

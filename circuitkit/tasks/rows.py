@@ -11,12 +11,14 @@ from torch import Tensor
 
 from circuitkit.errors import TaskError
 from circuitkit.functional.metrics import Metric
-from circuitkit.shapes import Tokens
+from circuitkit.shapes import Inputs, Numbers
 from circuitkit.tasks.base import Batch, Vocabulary
 
 
-def token_matrix(values: Any, what: str) -> Tokens:
-    """A matrix of ids. Raises TaskError if it is not one, or has no row or no column."""
+def input_rows(values: Any, what: str) -> Inputs:
+    """Token ids, or numbers ``[n, pos, size]``. Raises TaskError if they are neither, or there is nothing in them."""
+    if isinstance(values, Tensor) and values.is_floating_point() and values.ndim == 3:
+        return _number_rows(values, what)
     ids = _whole(values, what)
     if ids.ndim != 2:
         raise TaskError(f"{what} has shape {tuple(ids.shape)}, expected [n, pos]: one row of token ids per example")
@@ -25,9 +27,20 @@ def token_matrix(values: Any, what: str) -> Tokens:
     return ids
 
 
-def real_lengths(lengths: Any, tokens: Tokens) -> Int[Tensor, " batch"]:
+def _number_rows(values: Tensor, what: str) -> Numbers:
+    if not values.numel():
+        raise TaskError(
+            f"{what} is empty (shape {tuple(values.shape)}), expected at least one pair of at least one step"
+        )
+    bad = (~values.isfinite()).any(2).nonzero().tolist()
+    if bad:
+        raise TaskError(f"row {bad[0][0]}: {what} holds NaN or infinite numbers at step {bad[0][1]}")
+    return values
+
+
+def real_lengths(lengths: Any, tokens: Inputs) -> Int[Tensor, " batch"]:
     """Real tokens in each row, by default all. Raises TaskError for a length that the row cannot have."""
-    n, width = tokens.shape
+    n, width = tokens.shape[:2]
     if lengths is None:
         return torch.full((n,), width, dtype=torch.long, device=tokens.device)
     real = _whole(lengths, "lengths").to(tokens.device)
@@ -58,11 +71,12 @@ def answer_positions(positions: Any, lengths: Int[Tensor, " batch"]) -> Int[Tens
     return where
 
 
-def inputs(tokens: Tokens, lengths: Int[Tensor, " batch"], vocab: Vocabulary | None, what: str) -> Tokens:
-    """The ids with everything beyond each row's length set to 0, checked against what the model can read."""
+def inputs(tokens: Inputs, lengths: Int[Tensor, " batch"], vocab: Vocabulary | None, what: str) -> Inputs:
+    """The ids or numbers with everything beyond each row's length set to 0, checked against what the model can read."""
     padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths.to(tokens.device)[:, None]
-    ids = tokens.masked_fill(padding, 0)
-    _check_range(ids, None if vocab is None else vocab.d_vocab, what)
+    ids = tokens.masked_fill(padding if tokens.ndim == 2 else padding[..., None], 0)
+    if tokens.ndim == 2:
+        _check_range(ids, None if vocab is None else vocab.d_vocab, what)
     if vocab is not None and int(lengths.max()) > vocab.n_ctx:
         row = int(lengths.argmax())
         raise TaskError(f"row {row}: {int(lengths[row])} tokens, but {vocab.name!r} reads at most {vocab.n_ctx}")
