@@ -58,3 +58,24 @@ def zoo(name: str) -> StubModel:
     card = json.loads(resource(FOLDERS[short], f"{stem}.json").read_text())
     config = card["hooked_transformer_config"]
     return StubModel(name, config["d_vocab"], config["n_ctx"], None, card, config["attention_dir"] == "causal")
+
+
+@dataclass
+class RecurrentStub(StubModel):
+    """What a task needs to know of a recurrent network: how many numbers it reads (None: token ids) and gives."""
+
+    numbers: int | None = None
+    d_vocab_out: int = 2
+
+
+@functools.cache
+def recurrent(name: str) -> RecurrentStub:
+    """A recurrent network of the zoo: ``g2p/gru``, ``toys/parity_gru_s0``..."""
+    from circuitkit.models.recurrent.zoo import build
+
+    module, network, card = build(name)
+    table, outputs = module.embedding, module.readout.out_features
+    numbers = module.cell.input_size if table is None else None
+    d_vocab = table.num_embeddings if numbers is None else numbers
+    causal = not getattr(getattr(module, "cell", None), "bidirectional", False) and network is None
+    return RecurrentStub(name, d_vocab, 1000, None, card, causal, numbers, outputs)

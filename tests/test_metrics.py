@@ -52,6 +52,10 @@ def one(
     if name == "squared-error":
         target = batch.target[at].double().numpy()
         return -sum((z[k] - target[k]) ** 2 for k in range(len(z)))
+    if name == "signed-output":
+        target = batch.target[at].double().numpy()
+        used = [k for k in range(len(z)) if target[k] != 0]
+        return sum(z[k] * target[k] for k in used) / max(len(used), 1)
     assert name == "kl"
     q = softmax(batch.reference[at].double().numpy())
     return -sum(q[k] * (math.log(q[k]) - math.log(p[k])) for k in range(len(p)))
@@ -61,6 +65,7 @@ def draw(seed: int, dtype: torch.dtype, n: int, answers: int, vocab: int) -> tup
     """Logits and a batch whose sets of right and wrong tokens have different sizes in every row."""
     rng = torch.Generator().manual_seed(seed)
     logits, reference, target = (4 * torch.randn(n, answers, vocab, generator=rng).to(dtype) for _ in range(3))
+    target[..., ::3] = 0  # an output that does not matter, for the metric that knows of these
     right, wrong = (torch.full((n, answers, vocab), -1) for _ in range(2))
     for i in range(n):
         for j in range(answers):

@@ -7,7 +7,7 @@ import torch
 
 from circuitkit.errors import OptionError, TaskError
 from circuitkit.tasks.base import TASKS, Batch, Task, make
-from tests.stub_models import PROGRAMS, StubModel, gpt2, stories, zoo
+from tests.stub_models import PROGRAMS, StubModel, gpt2, recurrent, stories, zoo
 
 CASES = {
     "gender-pronoun": [stories, gpt2],
@@ -19,6 +19,16 @@ CASES = {
     "greater-than": [gpt2],
     "subject-verb-agreement": [gpt2],
     "docstring": [gpt2],
+    "flip-flop": [lambda: recurrent("toys/flip-flop_tanh_s0")],
+    "parity": [lambda: recurrent("toys/parity_gru_s0")],
+    "integrator": [lambda: recurrent("toys/integrator_lstm_s0")],
+    "second-largest": [lambda k=k: recurrent(f"second-largest/length_{k}") for k in (2, 3)],
+    "silent-letters": [lambda: recurrent("g2p/gru")],
+    "c-before-e": [lambda: recurrent("g2p/gru")],
+    "next-character": [lambda: recurrent("charlm/lstm")],
+    "word-break": [lambda: recurrent("word-breaks/thai_h15"), lambda: recurrent("word-breaks/thai_h27")],
+    "stimulus-phase": [lambda: recurrent("phase-memory/full_rank_n100")],
+    "two-choice": [lambda: recurrent("2afc/rnn")],
 }
 EACH = [pytest.param(name, model, id=f"{name}-{i}") for name, models in CASES.items() for i, model in enumerate(models)]
 OPTIONS = [
@@ -31,6 +41,10 @@ OPTIONS = [
     ("ioi", gpt2, {"corrupt": "exchanged"}),
     ("subject-verb-agreement", gpt2, {"attractor": False}),
     ("docstring", gpt2, {"corrupt": "both"}),
+    ("flip-flop", lambda: recurrent("toys/flip-flop_tanh_s0"), {"length": 5, "bit": 2}),
+    ("parity", lambda: recurrent("toys/parity_gru_s0"), {"length": 20}),
+    ("integrator", lambda: recurrent("toys/integrator_lstm_s0"), {"length": 3}),
+    ("stimulus-phase", lambda: recurrent("phase-memory/full_rank_n100"), {"length": 400}),
 ]
 
 
@@ -44,16 +58,20 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def check(task: Task, model: StubModel, n: int) -> None:
-    """Aligned pairs of ids that the model can read, answers that are right or wrong but not both."""
+    """Aligned pairs of ids or numbers that the model can read, answers that are right or wrong but not both."""
     assert len(task) == n
     for batch in task.batches:
-        assert batch.clean.shape == batch.corrupt.shape and batch.clean.dtype == torch.long
-        assert not (batch.clean == batch.corrupt).all(1).any()
+        numbers = getattr(model, "numbers", None)
+        assert batch.clean.shape == batch.corrupt.shape
+        assert batch.clean.dtype == batch.corrupt.dtype == (torch.long if numbers is None else torch.float32)
+        assert numbers is None or batch.clean.shape[2:] == (numbers,)
+        assert not (batch.clean == batch.corrupt).flatten(1).all(1).any()
         assert (batch.lengths >= 1).all() and int(batch.lengths.max()) == batch.clean.shape[1] <= model.n_ctx
         assert (batch.positions >= 0).all() and (batch.positions < batch.lengths[:, None]).all()
         for ids in (batch.clean, batch.corrupt):
-            assert int(ids.min()) >= 0 and int(ids.max()) < model.d_vocab
+            assert numbers is not None or (int(ids.min()) >= 0 and int(ids.max()) < model.d_vocab)
             assert (ids[torch.arange(ids.shape[1]) >= batch.lengths[:, None]] == 0).all()
+        assert batch.target is None or batch.target.isfinite().all()
         if not model.causal:
             assert (batch.lengths == batch.clean.shape[1]).all()
         for field in ("right", "wrong"):
@@ -61,7 +79,7 @@ def check(task: Task, model: StubModel, n: int) -> None:
                 assert (getattr(batch, field) >= 0).any(-1).all()
         overlap = (batch.right[..., :, None] == batch.wrong[..., None, :]) & (batch.right[..., :, None] >= 0)
         assert not overlap.any()
-        pairs = torch.cat([batch.clean, batch.corrupt], 1)
+        pairs = torch.cat([batch.clean, batch.corrupt], 1).flatten(1)
         assert len(pairs.unique(dim=0)) == len(pairs)
 
 

@@ -9,14 +9,17 @@ import torch
 
 import circuitkit as ck
 from circuitkit.errors import OptionError
+from circuitkit.models.recurrent.zoo import recurrent_names
 from circuitkit.models.zoo import load_zoo, zoo_name, zoo_names
+
+TRANSFORMERS = [name for name in zoo_names() if name not in recurrent_names()]
 
 has_hooked_transformer = pytest.mark.skipif(
     int(version("transformer-lens").split(".")[0]) >= 4, reason="TransformerLens 4 has no HookedTransformer"
 )
 
 
-@pytest.mark.parametrize("name", [n for n in zoo_names() if not n.startswith("tracr/")])
+@pytest.mark.parametrize("name", [n for n in TRANSFORMERS if not n.startswith("tracr/")])
 def test_stored_logits_are_reproduced(name):
     model = load_zoo(name)
     check = model.card["check"]
@@ -42,11 +45,18 @@ def test_compiled_programs_compute_their_examples(name):
             assert [values[str(int(i))] for i in logits.argmax(-1)] == example["output"][1:]
 
 
-@pytest.mark.parametrize("name", zoo_names())
-def test_every_zoo_model_obeys_the_load_laws(name):
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_every_transformer_of_the_zoo_obeys_the_load_laws(name):
     model = ck.load(name)
     bidirectional = model.card["hooked_transformer_config"].get("attention_dir") == "bidirectional"
     assert model.causal is not bidirectional
+
+
+@pytest.mark.parametrize("name", recurrent_names())
+def test_every_recurrent_network_of_the_zoo_obeys_the_load_laws(name):
+    model = ck.load(name)
+    assert model.family == "recurrent" and model.name == name and model.card
+    assert model.causal is not name.startswith(("word-breaks/", "charlm/"))
 
 
 def test_stories_in_both_forms_give_the_same_scores():

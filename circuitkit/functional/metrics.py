@@ -150,3 +150,14 @@ def accuracy(logits: Logits, batch: Any) -> PerExample:
 def squared_error(logits: Logits, batch: Any) -> PerExample:
     """Minus the squared distance of the outputs to the target numbers."""
     return -(_precise(logits) - _precise(batch.target)).square().sum(-1).mean(-1)
+
+
+@metric("signed-output", needs=("target",))
+def signed_output(logits: Logits, batch: Any) -> PerExample:
+    """Mean of target times output over the outputs whose target is not 0: how far each of them goes the right way.
+
+    For outputs that are numbers and no classes, such as the read-out of one stored bit; a target of 0 says that the
+    output does not matter. Unlike the squared error it has a slope where the output is exactly right.
+    """
+    output, target = _precise(logits), _precise(batch.target)
+    return ((target * output).sum(-1) / (target != 0).sum(-1).clamp(min=1)).mean(-1)
