@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import html
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from circuitkit.circuit import Circuit
-from circuitkit.drawing import KIND_NAMES, PALETTE, Box, Curve, Drawing, draw, effect_names, headline, visible
+from circuitkit.drawing import (
+    KIND_NAMES,
+    PALETTE,
+    Box,
+    Curve,
+    Drawing,
+    draw,
+    effect_names,
+    headline,
+    inner_name,
+    visible,
+)
+from circuitkit.functional.routes import Point, along
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -19,6 +32,9 @@ _WIDTHS = 6
 _STEPS = 16  # straight pieces of a curve
 _ARROW_AT = 10
 _MOST_ARROWS = 200
+_ROOM = 560  # pixels that boxes may take across, in a narrow figure
+_LARGEST, _SMALLEST = 42, 7  # side of a box in pixels
+_LETTERS = (11, 7)  # largest and smallest size of a label's letters
 
 
 def circuit_figure(circuit: Circuit, *, most: int = MOST_EDGES) -> go.Figure:
@@ -35,6 +51,8 @@ def circuit_figure(circuit: Circuit, *, most: int = MOST_EDGES) -> go.Figure:
     first, second = headline(circuit)
     if len(circuit) > most:
         second += f" · the {most:,} strongest are drawn"
+    if not all(_label(box, _side(drawing))[0] for box in drawing.boxes):
+        second += " · names: point at a box"
     figure = go.Figure()
     _add_edges(figure, drawing, effect_names(circuit))
     _add_boxes(figure, drawing)
@@ -51,9 +69,11 @@ def circuit_figure(circuit: Circuit, *, most: int = MOST_EDGES) -> go.Figure:
             xanchor="left",
             font={"color": PALETTE["muted"]},
         )
+    slanted = _tight(drawing)
     for text, across in drawing.spans:
         above = f"<b>{html.escape(visible(text), quote=False)}</b>"
-        figure.add_annotation(x=across, y=drawing.height + 0.9, text=above, showarrow=False)
+        way = {"textangle": -60, "yanchor": "bottom"} if slanted else {}
+        figure.add_annotation(x=across, y=drawing.height + 0.9, text=above, showarrow=False, **way)
     if not drawing.boxes:
         figure.add_annotation(text="this circuit has no edges", showarrow=False, font={"size": 16}, x=0, y=0)
     figure.update_layout(
@@ -66,17 +86,11 @@ def circuit_figure(circuit: Circuit, *, most: int = MOST_EDGES) -> go.Figure:
         font={"color": PALETTE["text"]},
         xaxis={"visible": False, "range": [left - 0.1 * (right - left), right]},
         yaxis={"visible": False},
-        height=max(420, int(170 + (56 if _crowded(drawing) else 80) * drawing.height)),
-        margin={"l": 30, "r": 30, "t": 80, "b": 30},
+        height=max(460, int(210 + 40 * slanted + (56 if _crowded(drawing) else 80) * drawing.height)),
+        margin={"l": 30, "r": 30, "t": 120 if slanted else 80, "b": 30},
         hovermode="closest",
-        legend={
-            "orientation": "h",
-            "x": 1,
-            "xanchor": "right",
-            "y": 1.0,
-            "yanchor": "bottom",
-            "itemsizing": "constant",
-        },
+        # Below the plot, where it may break into lines: above, it would run into the title.
+        legend={"orientation": "h", "x": 0, "y": 0, "yanchor": "top", "itemsizing": "constant"},
         plot_bgcolor="white",
     )
     return figure
@@ -88,7 +102,7 @@ def _add_edges(figure: go.Figure, drawing: Drawing, effects: tuple[str, str]) ->
 
     if drawing.inner:
         points = [point for s, t in drawing.inner for point in (*_straight(drawing.boxes[s], drawing.boxes[t]), None)]
-        inner = _line(points, PALETTE["neutral"], 1, 0.8, "key/value head of", dash="dot")
+        inner = _line(points, PALETTE["neutral"], 1, 0.8, inner_name(drawing), dash="dot")
         figure.add_trace(inner.update(showlegend=True))
     largest = max((abs(curve.score) for curve in drawing.curves if math.isfinite(curve.score)), default=0.0) or 1.0
     bins: dict[tuple[bool, int], list[Curve]] = {}
@@ -123,7 +137,7 @@ def _add_edges(figure: go.Figure, drawing: Drawing, effects: tuple[str, str]) ->
 def _add_boxes(figure: go.Figure, drawing: Drawing) -> None:
     import plotly.graph_objects as go
 
-    crowded = _crowded(drawing)
+    side = _side(drawing)
     for kind in dict.fromkeys(box.kind for box in drawing.boxes):
         members = [(i, box) for i, box in enumerate(drawing.boxes) if box.kind == kind]
         figure.add_trace(
@@ -133,18 +147,53 @@ def _add_boxes(figure: go.Figure, drawing: Drawing) -> None:
                 mode="markers+text",
                 marker={
                     "symbol": "square",
-                    "size": 30 if crowded else 42,
+                    "size": side,
                     "color": PALETTE.get(kind, PALETTE["error"]),
                     "line": {"color": PALETTE["muted"], "width": 1},
                     "opacity": 1,
                 },
-                text=[html.escape(visible(box.label), quote=False) for _, box in members],
-                textfont={"size": 9 if crowded else 11, "color": PALETTE["text"]},
+                text=[_label(box, side)[0] for _, box in members],
+                textfont={"size": [_label(box, side)[1] for _, box in members], "color": PALETTE["text"]},
                 hovertext=[_box_text(drawing, i) for i, _ in members],
                 hovertemplate="%{hovertext}<extra></extra>",
                 showlegend=False,
             )
         )
+        sample = {"symbol": "square", "size": 12, "color": PALETTE.get(kind, PALETTE["error"])}
+        sample["line"] = {"color": PALETTE["muted"], "width": 1}
+        figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=sample, name=KIND_NAMES.get(kind, kind)))
+
+
+def _tight(drawing: Drawing) -> bool:
+    """Whether the headings of columns would run into each other."""
+    places, widest = sorted(across for _, across in drawing.spans), max((len(t) for t, _ in drawing.spans), default=0)
+    gaps = [b - a for a, b in pairwise(places)]
+    return 7.5 * widest > min(gaps, default=math.inf) * _ROOM / max(drawing.width, 1)
+
+
+def _side(drawing: Drawing) -> int:
+    """Side of a box in pixels, so that boxes side by side do not touch."""
+    largest = 30 if _crowded(drawing) else _LARGEST
+    return max(_SMALLEST, min(largest, int(0.85 * _ROOM / max(drawing.width, 1))))
+
+
+def _label(box: Box, side: int) -> tuple[str, int]:
+    """A box's label and the size of its letters, so that it stays in the box; no label where none can be read."""
+    largest, smallest = _LETTERS
+    for lines in _ways(box.label):
+        # A letter is about 0.6 times as wide as its size.
+        size = min(largest, int((side + 4) / (0.6 * max(map(len, lines)))), int(side / (1.2 * len(lines))))
+        if size >= smallest:
+            return "<br>".join(html.escape(visible(line), quote=False) for line in lines), size
+    return "", smallest
+
+
+def _ways(label: str) -> list[list[str]]:
+    """A label in one line if it is short, in two (a unit and its gate, a state and its subspace), broken at its dot."""
+    at = max(label.find("<"), label.find(":"))
+    parts = [label[:at], label[at:]] if at > 0 else [label]
+    head, dot, rest = parts[0].partition(".")
+    return [*([[label]] if len(label) <= 6 else []), parts, [head + dot, rest, *parts[1:]] if dot else parts]
 
 
 def _crowded(drawing: Drawing) -> bool:
@@ -152,7 +201,7 @@ def _crowded(drawing: Drawing) -> bool:
 
 
 def _line(
-    points: list[tuple[float, float] | None],
+    points: list[Point | None],
     colour: str,
     width: float,
     opacity: float,
@@ -179,22 +228,17 @@ def _line(
     )
 
 
-def _straight(source: Box, target: Box) -> list[tuple[float, float]]:
+def _straight(source: Box, target: Box) -> list[Point]:
     return [(source.x, source.y), (target.x, target.y)]
 
 
-def _bezier(drawing: Drawing, curve: Curve) -> list[tuple[float, float]]:
+def _bezier(drawing: Drawing, curve: Curve) -> list[Point]:
     return [_at(drawing, curve, float(t)) for t in np.linspace(0, 1, _STEPS + 1)]
 
 
-def _at(drawing: Drawing, curve: Curve, t: float) -> tuple[float, float]:
+def _at(drawing: Drawing, curve: Curve, t: float) -> Point:
     source, target = drawing.boxes[curve.source], drawing.boxes[curve.target]
-    if curve.source == curve.target:
-        angle = 2 * math.pi * t - math.pi / 2
-        return source.x + 0.16 * math.cos(angle), source.y + 0.42 + 0.22 * math.sin(angle)
-    a, b, c = (1 - t) ** 2, 2 * t * (1 - t), t**2
-    bend_x, bend_y = curve.bend
-    return a * source.x + b * bend_x + c * target.x, a * source.y + b * bend_y + c * target.y
+    return along((source.x, source.y), curve.bend, (target.x, target.y), t)
 
 
 def _edge_text(curve: Curve) -> str:

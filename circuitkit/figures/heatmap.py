@@ -47,9 +47,23 @@ def score_heatmap(scores: Scores) -> go.Figure:
 
 
 def position_heatmap(
-    values: Float[Tensor, "row column"], rows: Sequence[str], columns: Sequence[str], title: str
+    values: Float[Tensor, "row column"],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    *,
+    upward: bool = True,
+    whole: str = "",
 ) -> go.Figure:
     """Effects by row (a layer or a component) and column (a token position); labels may repeat.
+
+    Args:
+        values: effects.
+        rows: labels of the first axis.
+        columns: labels of the second axis.
+        title: heading.
+        upward: the first row at the bottom, as layers are drawn, or on top.
+        whole: what an effect of 1 is, in words; for small print, beside the largest effect.
 
     Raises:
         GraphError: if the labels do not fit the values.
@@ -65,7 +79,8 @@ def position_heatmap(
         )
     figure = _grid(values.detach().double().cpu().numpy(), rows, columns, "effect", least_ticks=len(columns))
     largest = float(values.abs().nan_to_num(0).max()) if values.numel() else 0.0
-    figure.update_layout(title=_title(title, ""), yaxis_autorange=True)
+    small = f"1 is {whole} · the largest effect here is {largest:.3g}" if whole else ""
+    figure.update_layout(title=_title(title, small), yaxis_autorange=True if upward else "reversed")
     figure.update_traces(zmin=-(largest or 1.0), zmax=largest or 1.0)
     return figure
 

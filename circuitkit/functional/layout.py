@@ -81,27 +81,54 @@ def wrap_rows(x: Positions, row: Rows, widest: int) -> tuple[Positions, Int[np.n
     return x, line
 
 
-def in_columns(x: Positions, row: Rows, column: Rows, widest: int = 3) -> tuple[Positions, Int[np.ndarray, node]]:
+def in_columns(
+    x: Positions, row: Rows, column: Rows, widest: int = 3, same: Rows | None = None
+) -> tuple[Positions, Int[np.ndarray, node]]:
     """Nodes in columns side by side: new places, and each node's line within its row.
 
     Within a column a row keeps the order of ``x``, and is broken into lines of at most ``widest`` nodes.
+
+    Args:
+        x: where nodes would stand without columns.
+        row: row of each node.
+        column: column of each node.
+        widest: most nodes of a line in a column.
+        same: which nodes are copies of one another; copies stand on one line in every column, in the same order.
 
     >>> x, line = in_columns(np.array([0.0, 1.0, 0.0]), np.array([0, 0, 0]), np.array([0, 0, 1]))
     >>> x.tolist(), line.tolist()
     ([-1.25, -0.25, 1.25], [0, 0, 0])
     """
-    place, line, left, gap = np.zeros(len(row)), np.zeros(len(row), dtype=int), 0.0, 0.5
+    place, left, gap = np.zeros(len(row)), 0.0, 0.5
+    if same is None:
+        line = _lines(x, row, column, widest)
+    else:
+        x = (np.bincount(same, x) / np.maximum(np.bincount(same), 1))[same]
+        line = _lines(x, row, same * 0, widest, same)
     for number in np.unique(column):
         mine, width = np.flatnonzero(column == number), 1
-        for level in np.unique(row[mine]):
-            members = mine[row[mine] == level]
+        for level, part in sorted(set(zip(row[mine].tolist(), line[mine].tolist(), strict=True))):
+            members = mine[(row[mine] == level) & (line[mine] == part)]
             members = members[np.argsort(x[members], kind="stable")]
-            for i, part in enumerate(np.array_split(members, -(-len(members) // widest))):
-                line[part], width = i, max(width, len(part))
-                place[part] = np.arange(len(part)) - (len(part) - 1) / 2
+            width = max(width, len(members))
+            place[members] = np.arange(len(members)) - (len(members) - 1) / 2
         place[mine] += left + (width - 1) / 2
         left += width + gap
     return place - (left - gap - 1) / 2, line
+
+
+def _lines(x: Positions, row: Rows, column: Rows, widest: int, same: Rows | None = None) -> Int[np.ndarray, node]:
+    """Line of each node: lines of nearly equal length, in the order of ``x``; copies together, by their mean place."""
+    line = np.zeros(len(row), dtype=int)
+    same = np.arange(len(row)) if same is None else same
+    for level, number in sorted(set(zip(row.tolist(), column.tolist(), strict=True))):
+        members = np.flatnonzero((row == level) & (column == number))
+        kinds = np.unique(same[members])
+        middle = np.array([x[members[same[members] == kind]].mean() for kind in kinds])
+        kinds = kinds[np.argsort(middle, kind="stable")]
+        for i, part in enumerate(np.array_split(kinds, -(-len(kinds) // widest))):
+            line[members[np.isin(same[members], part)]] = i
+    return line
 
 
 def _settle(x: Positions, row: Rows, edges: Ends, weight: np.ndarray, level: int, upward: bool) -> Positions:
