@@ -147,14 +147,18 @@ class Circuit:
     def to_networkx(self) -> networkx.DiGraph:
         """A directed graph: nodes with kind, layer, head and slot; edges with score, stderr and weight = |score|.
 
-        A head's inputs are nodes of their own (``a3.h5<q>``), tied to the head by edges of kind ``internal``.
+        A head's inputs are nodes of their own (``a3.h5<q>``), tied to the head by edges of kind ``internal``; so are a
+        unit's gates (``l0.h5<z>``). A recurrent graph has cycles, and a unit without gates may have a self-loop.
         """
         import networkx as nx
 
         out = nx.DiGraph()
         out.graph.update({k: v for k, v in self.meta.items() if isinstance(v, str | int | float)})
+        writers = dict(zip(self.graph.sources, self.graph.source_nodes, strict=True))
         for s, d in zip(self.src.tolist(), self.dst.tolist(), strict=True):
-            for node in (self.graph.source_nodes[s], self.graph.destination_nodes[d]):
+            reader = self.graph.destination_nodes[d]
+            # A unit reads and writes under one name: the node is what it writes.
+            for node in (self.graph.source_nodes[s], writers.get(reader.name, reader)):
                 attributes = {"label": node.name, "kind": node.kind, "layer": node.layer, "stage": node.stage}
                 attributes |= {"head": -1 if node.index is None else node.index, "slot": node.slot or ""}
                 attributes |= {} if node.span is None else {"span": node.span}
@@ -176,7 +180,7 @@ class Circuit:
             )
         for reader, writer in self.graph.feeds.nonzero().tolist():
             inner, outer = self.graph.destinations[reader], self.graph.sources[writer]
-            if inner != outer and inner in out and outer in out:
+            if inner != outer and inner in out and outer in out and not out.has_edge(inner, outer):
                 slot = self.graph.destination_nodes[reader].slot or ""
                 out.add_edge(
                     inner,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 LEAST_EXAMPLES = 8
+LEAST_SHARE = 0.01  # of the behaviour; a circuit that keeps less is no circuit of it, however little random ones keep
 SITE_WORDS = {
     "resid": "residual stream",
     "head": "head output",
@@ -73,13 +74,23 @@ class NodeScores:
         """The usual heat map: layers (or components) up, positions (or heads) across; 1 is the whole effect."""
         from circuitkit.figures.heatmap import position_heatmap
 
-        site, direction = (str(self.options.get(name, "")) for name in ("site", "direction"))
+        site, direction = (str(self.options.get(name) or "") for name in ("site", "direction"))
+        if "hold" in self.options:
+            hold = int(self.options["hold"])
+            site = site or "state"
+            direction += ", kick" if hold == 1 else f", held for {hold} steps" if hold else ", held to the end"
         title = ", ".join(filter(None, (str(self.provenance.get("task", "")), SITE_WORDS.get(site, site), direction)))
         across = "position, counted back from the last token" if self.columns[-1] == "end" else "head"
         up = "layer and head" if "H" in self.rows[0] else "layer"
-        if not self.rows[0].startswith("L"):  # components by name, and what was done to each
+        if "hold" in self.options:
+            across, up = "step, counted back from the last", "node"
+        elif not self.rows[0].startswith("L"):  # components by name, and what was done to each
             across, up = "", "component"
-        figure = position_heatmap(self.normalised, list(self.rows), list(self.columns), title)
+        upward = self.rows[0].startswith("L")
+        whole = f"the whole effect of the corrupt input (clean {self.clean:.3g}, corrupt {self.corrupt:.3g})"
+        figure = position_heatmap(
+            self.normalised, list(self.rows), list(self.columns), title, upward=upward, whole=whole
+        )
         return figure.update_layout(xaxis_title=across, yaxis_title=up)
 
     def __repr__(self) -> str:
@@ -199,8 +210,9 @@ class Result:
         """In words: ``better than chance``, ``no better than chance`` and why, or ``not known`` and why.
 
         The reasons, in order: corrupting the input changes nothing or does not lower the metric (its 95 % interval
-        reaches zero); the circuit is empty; the interval of its faithfulness reaches down to a random circuit's. With
-        fewer than `LEAST_EXAMPLES` examples, or with no other circuit of that size, it says ``not known``, and why.
+        reaches zero); the circuit is empty; it keeps next to nothing; the interval of its faithfulness reaches down to
+        a random circuit's. With fewer than `LEAST_EXAMPLES` examples, or with no other circuit of that size, it says
+        ``not known``, and why.
         """
         if self.faithfulness is None:
             return "no better than chance: corrupting the input changes nothing, so faithfulness is undefined"
@@ -210,6 +222,8 @@ class Result:
             return f"not known: {self.n_examples} examples are too few for an interval; use {LEAST_EXAMPLES} or more"
         if self.gap_interval is not None and self.gap_interval[0] <= 0:
             return "no better than chance: corrupting the input does not lower the metric, so there is no behaviour"
+        if self.faithfulness < LEAST_SHARE:
+            return f"no better than chance: the circuit keeps less than {LEAST_SHARE:.0%} of the behaviour"
         if self.random_interval is None:
             return "not known: there is no other circuit of this size to compare with"
         if self.faithfulness_interval[0] <= self.random_interval[1]:

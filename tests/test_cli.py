@@ -127,6 +127,28 @@ def test_score_of_components_is_a_table(capsys):
     assert Path("s.csv").read_text().count("\n") >= 3
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [("--length 40", "l0.h"), ("--nodes each", "the 20 strongest of 288"), ("--length 4", "end")],
+)
+def test_every_number_of_a_table_of_components_can_be_read(options, says, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    command = f"score toys/flip-flop_gru_s0 flip-flop --method state-patching --n 8 --out s.csv --no-progress {options}"
+    assert main(typed(command)) == 0
+    out = capsys.readouterr().out
+    assert says in out and "…" not in out and "..." not in out
+    cells = [word for line in out.splitlines()[2:-1] for word in line.split() if word[0] == "+"]
+    assert cells and all(float(cell) for cell in cells if cell != "+0")
+
+
+def test_a_warning_is_one_line_without_our_files(capsys):
+    command = "find toys/flip-flop_gru_s0 flip-flop --steps 1 --n 8 --edges 20 --no-progress --out run"
+    assert main(typed(command)) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: the scores of the input's edges add up to"), lines
+    assert ".py" not in lines[0] and "steps=8" in lines[0]
+
+
 def test_export_and_view(run, capsys):
     assert main(["export", str(run / "circuit.json"), "out/circuit.graphml"]) == 0
     assert Path("out/circuit.graphml").stat().st_size > 100
@@ -149,6 +171,24 @@ def test_help_on_a_method_has_its_formula_and_options(capsys):
     assert "score(u -> v)" in out and "--steps" in out and "arXiv:2403.17806" in out
 
 
+@pytest.mark.parametrize("name", ["flip-flop", "state-patching"])
+def test_help_has_the_line_of_the_list_and_says_what_options_mean(name, capsys):
+    assert main(["list", "tasks" if name == "flip-flop" else "methods", "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out).values()
+    assert main(["help", name]) == 0
+    text, _, options = capsys.readouterr().out.partition("\nOptions\n")
+    assert text.splitlines()[2] == listed[name]["line"]
+    assert all("): " in line for line in options.strip().splitlines()), options
+
+
+def test_the_list_of_models_says_what_each_is(capsys):
+    assert main(["list", "models", "--json"]) == 0
+    lines = {name: entry["line"] for name, entry in json.loads(capsys.readouterr().out)["models"].items()}
+    assert all(lines.values()), [name for name, line in lines.items() if not line]
+    assert lines["word-breaks/thai_h15"] == "bidirectional LSTM, 15 units, of Unicode; task word-break"
+    assert lines["toys/parity_lstm_s0"] == "LSTM, 32 units; task parity"
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [
@@ -159,6 +199,11 @@ def test_help_on_a_method_has_its_formula_and_options(capsys):
         ("find stories260k gender-pronoun --method eap-ig --steps many", "expected a whole number"),
         ("find stories260k gender-pronoun --metric logit", "logit"),
         ("find stories260k gender-pronoun --method activation-patching", "not edges"),
+        ("find toys/flip-flop_gru_s0 flip-flop --method state-patching", "use circuitkit.score, or one of acdc, clean"),
+        ("find toys/flip-flop_gru_s0 flip-flop --group cell", "'--group': 'cell' is not one of"),
+        ("find stories260k flip-flop", "is a transformer that reads a token id at each step and has 512 outputs; this"),
+        ("find stories260k flip-flop", "needs a recurrent network that reads numbers and has as many outputs as it"),
+        ("find toys/parity_gru_s0 integrator", "reads 1 number at each step and has 1 output: use"),
         ("find stories260k gender-pronoun --batch-size some", "batch_size"),
         ("find stories260k gender-pronoun --budget lots", "budget"),
         ("find stories260k gender-pronoun --edges 0", "--edges"),

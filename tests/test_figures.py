@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import circuitkit as ck
 from circuitkit.circuit import Circuit
 from circuitkit.drawing import PALETTE, draw, visible
 from circuitkit.errors import GraphError
@@ -88,6 +91,36 @@ def test_readers_are_drawn_at_their_head_and_shared_ones_apart():
     assert len(set(bends)) == 2
 
 
+def test_a_rate_stands_above_the_state_that_it_is_made_of():
+    graph = ck.load("2afc/rnn").graph
+    edges = ["x0->l0.h7<drive>", "x1->l0.h9<drive>", "l0.r7->l0.h9<drive>", "l0.r9->logits"]
+    drawing = draw(Circuit.from_edges(graph, edges))
+    names, height = [box.name for box in drawing.boxes], {box.name: box.y for box in drawing.boxes}
+    assert {(names[s], names[t]) for s, t in drawing.inner} == {("l0.h7", "l0.r7"), ("l0.h9", "l0.r9")}
+    assert height["l0.h7"] == height["l0.h9"] < height["l0.r7"] == height["l0.r9"]
+
+
+@pytest.mark.parametrize("n", [8, 40, 300])
+def test_boxes_side_by_side_do_not_touch_in_a_narrow_figure_and_labels_stay_inside(n):
+    model = ck.load("toys/flip-flop_gru_s0")
+    circuit = circuit_on(model.viewed("expanded", steps=12).graph, n)
+    figure, drawing = circuit_figure(circuit), draw(circuit)
+    boxes = [trace for trace in figure.data if trace.mode == "markers+text"]
+    pixels = 560 / drawing.width if drawing.width else 560
+    for row in {box.y for box in drawing.boxes}:
+        x = sorted(box.x for box in drawing.boxes if box.y == row)
+        for a, b in pairwise(x):
+            assert (b - a) * pixels >= boxes[0].marker.size
+    missing = False
+    for trace in boxes:
+        for text, size in zip(trace.text, trace.textfont.size, strict=True):
+            missing |= not text
+            assert all(0.5 * size * len(html.unescape(line)) <= trace.marker.size for line in text.split("<br>"))
+        assert all(trace.hovertext)
+    assert missing == ("names: point at a box" in figure.layout.title.text)
+    assert figure.layout.legend.y == 0 and figure.layout.legend.yanchor == "top"
+
+
 @given(st.text())
 def test_visible_text_can_be_written_anywhere(text):
     shown = visible(text)
@@ -145,6 +178,10 @@ def test_position_heatmap_keeps_repeated_tokens_apart():
     figure = position_heatmap(values, ["0"], ["the", "<b>", "the\x00"], "patching")
     assert figure.data[0].z.shape == (1, 3) and figure.layout.xaxis.ticktext == ("the", "&lt;b&gt;", "the␀")
     assert figure.data[0].zmax == 2 and figure.data[0].zmin == -2
+    assert figure.layout.yaxis.autorange is True and "largest" not in figure.layout.title.text
+    down = position_heatmap(values / 500, ["h0"], ["a", "b", "c"], "patching", upward=False, whole="1 - -1")
+    assert down.layout.yaxis.autorange == "reversed"
+    assert "1 is 1 - -1 · the largest effect here is 0.004" in down.layout.title.text
     with pytest.raises(GraphError, match="1 rows and 2 columns"):
         position_heatmap(values, ["0"], ["a", "b"], "")
 

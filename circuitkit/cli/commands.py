@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,13 +65,15 @@ def list_names(
 
     entries = catalogue(kind)
     if as_json:
-        _json({kind: {name: {"line": e.line, "options": option_lines(e.thing)} for name, e in entries.items()}})
+        _json({kind: {name: {**e.facts(), "options": option_lines(e.thing)} for name, e in entries.items()}})
         return
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    headings = (kind.removesuffix("s"), *(["for"] if kind == "methods" else []), "what it is")
     for name, entry in entries.items():
-        rows.append((name, entry.line))
-        rows += [("", line) for line in option_lines(entry.thing)] if options else []
-    _out(names_table(rows, (kind.removesuffix("s"), "what it is")))
+        takes = [", ".join(entry.families)] if kind == "methods" else []
+        rows.append((name, *takes, entry.line))
+        rows += [("", *("" for _ in takes), line) for line in option_lines(entry.thing)] if options else []
+    _out(names_table(rows, headings))
 
 
 @app.command("help")
@@ -96,6 +99,8 @@ def find(
     metric: arg.Metric = None,
     n: arg.Pairs = 64,
     neurons: arg.Neurons = None,
+    time: arg.Time = None,
+    group: arg.Group = None,
     seed: arg.Seed = 0,
     batch_size: arg.BatchSize = "auto",
     budget: arg.Budget = None,
@@ -110,7 +115,7 @@ def find(
     from circuitkit.runs.request import Request, read_settings
     from circuitkit.runs.store import check_target, load_run, write_run
 
-    asked = {"model": model, "neurons": neurons, "n": n, "seed": seed}
+    asked = {"model": model, "neurons": neurons, "time": time, "group": group, "n": n, "seed": seed}
     request = Request.read(context.args, task=task, method=method, metric=metric, **asked)
     settings = read_settings(batch_size, budget, progress)
     folder = check_target(out or Path("runs", "-".join((Path(model).name, task, method))))
@@ -133,6 +138,8 @@ def score(
     metric: arg.Metric = None,
     n: arg.Pairs = 64,
     neurons: arg.Neurons = None,
+    time: arg.Time = None,
+    group: arg.Group = None,
     seed: arg.Seed = 0,
     batch_size: arg.BatchSize = "auto",
     budget: arg.Budget = None,
@@ -145,7 +152,7 @@ def score(
     from circuitkit.runs.store import check_file, write_scores
     from circuitkit.schema import jsonable
 
-    asked = {"model": model, "neurons": neurons, "n": n, "seed": seed}
+    asked = {"model": model, "neurons": neurons, "time": time, "group": group, "n": n, "seed": seed}
     request = Request.read(context.args, task=task, method=method, metric=metric, **asked)
     settings = read_settings(batch_size, budget, progress)
     check_file(out)
@@ -230,8 +237,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         # Not app(...): that turns Ctrl-C into a number, and what was kept would go unsaid.
         command = typer.main.get_command(app)
-        with command.make_context("circuitkit", typed) as context:
-            command.invoke(context)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            with command.make_context("circuitkit", typed) as context:
+                command.invoke(context)
         return 0
     except typer.Exit as done:
         return done.exit_code
@@ -243,6 +252,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"circuitkit: {message}"))
         return USER_ERROR
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Say a warning in one line; whose line of code it came from is nothing to a reader of a terminal."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"warning: {' '.join(str(message).split())}"))
 
 
 def _stopped(error: BaseException) -> int:
@@ -260,7 +274,7 @@ def _in_one_line(error: Exception) -> str | None:
         return f"{error.filename or 'file'}: {error.strerror or error}"
     # typer's own usage errors, known by what they can do: the classes moved between its versions.
     if hasattr(error, "format_message"):
-        return f"{error.format_message()} See: circuitkit --help"
+        return f"{error.format_message().replace('Value error, ', '')} See: circuitkit --help"
     return None
 
 

@@ -23,7 +23,7 @@ Cell = str | int | float | bool
 Row = dict[str, Cell]
 
 SCALE = 100.0  # layout units of other tools per node distance
-_SLOT_OFFSET = 0.3
+_SLOT_OFFSET, _SLOTS_WIDTH = 0.3, 0.9
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _unique(text: str, taken: set[str]) -> str:
 
 
 def _places(drawing: Drawing, graph: Graph) -> dict[str, tuple[float, float]]:
-    """Where each writer and reader stands; the readers q, k and v of a head sit side by side below it."""
+    """Where each writer and reader stands; the readers of a head (q, k, v) or a unit sit side by side below it."""
     place = {box.name: (box.x, box.y) for box in drawing.boxes}
     slots = {node.slot for node in graph.destination_nodes if node.slot}
     order = {slot: i for i, slot in enumerate(sorted(slots, key=lambda slot: ("qkv".find(slot), slot)))}
@@ -130,5 +130,6 @@ def _places(drawing: Drawing, graph: Graph) -> dict[str, tuple[float, float]]:
             box = drawing.boxes[curve.target]
             slot = graph.destination_nodes[graph.destinations.index(curve.reader)].slot
             across = 0.0 if slot is None else order[slot] - (len(order) - 1) / 2
-            place[curve.reader] = (box.x + _SLOT_OFFSET * across, box.y - _SLOT_OFFSET)
+            apart = min(_SLOT_OFFSET, _SLOTS_WIDTH / len(order)) if order else 0.0
+            place[curve.reader] = (box.x + apart * across, box.y - _SLOT_OFFSET)
     return place

@@ -23,6 +23,13 @@ Pairs = Annotated[int, typer.Option("--n", min=1, help="How many pairs the task 
 Neurons = Annotated[
     int | None, typer.Option(min=1, help="Split every MLP into groups of that many neurons, each a node.")
 ]
+Time = Annotated[
+    str | None,
+    typer.Option(help="Recurrent networks: collapsed, expanded, or windows of steps such as 0-4,4-12."),
+]
+Group = Annotated[
+    Literal["unit", "gate", "layer", "direction"] | None, typer.Option(help="Recurrent networks: what a node is.")
+]
 Edges = Annotated[
     int | None, typer.Option(min=1, help="How many edges the circuit may have; 100, or the method's own choice.")
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from circuitkit.errors import UnknownName
-from circuitkit.runs.options import options_of
+from circuitkit.runs.options import description, options_of
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,16 @@ class Entry:
     Args:
         line: what it is, in one line.
         thing: the registered function, or None for a model.
+        families: for a method, the kinds of models that it understands.
     """
 
     line: str
     thing: Callable[..., Any] | None = None
+    families: tuple[str, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """What is known, as plain data."""
+        return {"line": self.line} | ({"families": list(self.families)} if self.families else {})
 
 
 def catalogue(kind: str) -> dict[str, Entry]:
@@ -31,11 +37,14 @@ def catalogue(kind: str) -> dict[str, Entry]:
         from circuitkit.models.zoo import zoo_names
 
         return {name: Entry(_model_line(name)) for name in zoo_names()}
-    return {name: Entry(_first_line(thing), thing) for name, thing in _registry(kind).items()}
+    return {
+        name: Entry(_first_line(thing), thing, getattr(thing, "families", ()))
+        for name, thing in _registry(kind).items()
+    }
 
 
 def page(name: str) -> tuple[Callable[..., Any], str]:
-    """A method or a task, and everything its file says about it.
+    """A method or a task, and everything its file says about it, under the line that a list of names has.
 
     Raises:
         UnknownName: if neither has that name.
@@ -48,8 +57,9 @@ def page(name: str) -> tuple[Callable[..., Any], str]:
             raise UnknownName(f"{error}; tasks: {', '.join(tasks)}") from error
     else:
         thing = tasks[name]
-    module = sys.modules[thing.__module__].__doc__ or ""
-    return thing, f"{name}\n\n{inspect.cleandoc(module or thing.__doc__ or '')}"
+    own = inspect.getdoc(thing) or ""
+    parts = (_first_line(thing), sys.modules[thing.__module__].__doc__ or "", description(own).partition("\n")[2])
+    return thing, "\n\n".join((name, *(inspect.cleandoc(part) for part in parts if part.strip())))
 
 
 def option_lines(thing: Callable[..., Any] | None) -> list[str]:
@@ -59,7 +69,8 @@ def option_lines(thing: Callable[..., Any] | None) -> list[str]:
     lines = []
     for option in options_of(thing).values():
         default = "required" if option.default is inspect.Parameter.empty else f"default {option.default}"
-        lines.append(f"{option.flag}  {option.expects} ({default})")
+        meaning = f": {option.meaning}" if option.meaning else ""
+        lines.append(f"{option.flag}  {option.expects} ({default}){meaning}")
     return lines
 
 
@@ -83,6 +94,10 @@ def _first_line(thing: Any) -> str:
 
 
 def _model_line(name: str) -> str:
+    from circuitkit.models.recurrent.zoo import line, recurrent_names
+
+    if name in recurrent_names():
+        return line(name)
     family = name.partition("/")[0].partition("-")[0]
     return {
         "stories260k": "5-layer story model by Andrej Karpathy, trained on TinyStories",

@@ -22,6 +22,9 @@ class Manifest(BaseModel):
         task: the task's name.
         task_options: its own options.
         neurons: how many neurons make a node, or None for whole MLPs.
+        time: how a recurrent network's time was cut; None for a transformer.
+        steps: how long its windows are together, or None.
+        group: what its nodes are, or None for a transformer.
         n: pairs in the task.
         metric: the metric's name.
         method: the method's name.
@@ -42,6 +45,9 @@ class Manifest(BaseModel):
     task: str
     task_options: dict[str, Any] = {}
     neurons: int | None = None
+    time: str | None = None
+    steps: int | None = None
+    group: str | None = None
     n: int
     metric: str
     method: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ class Option:
         name: the argument's name; typed with ``--`` and dashes.
         kind: its annotation.
         default: its default, or `inspect.Parameter.empty`.
+        meaning: what the function's docstring says of it, or nothing.
     """
 
     name: str
     kind: Any
     default: Any
+    meaning: str = ""
 
     @property
     def flag(self) -> str:
@@ -59,11 +62,28 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
         signature = inspect.signature(function, eval_str=True)
     except NameError:
         signature = inspect.signature(function)
+    meanings = _meanings(inspect.getdoc(function) or "")
     return {
-        name: Option(name, parameter.annotation, parameter.default)
+        name: Option(name, parameter.annotation, parameter.default, meanings.get(name, ""))
         for name, parameter in signature.parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name not in COMMON
     }
+
+
+def description(text: str) -> str:
+    """A docstring without its sections of arguments, results and errors.
+
+    >>> description("Cut a circuit.\\n\\nAll at once.\\n\\nArgs:\\n    tau: where.")
+    'Cut a circuit.\\n\\nAll at once.'
+    """
+    return re.split(r"^(?:Args|Returns|Raises|>>> .*):?$", text, maxsplit=1, flags=re.MULTILINE)[0].strip()
+
+
+def _meanings(text: str) -> dict[str, str]:
+    """What the Args section of a docstring says of each argument, in one line."""
+    section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n(?=[ ]{4}))*)", text, flags=re.MULTILINE)
+    entries = re.split(r"^ {4}(\w+): ", section[1], flags=re.MULTILINE)[1:] if section else []
+    return {name: " ".join(said.split()) for name, said in zip(entries[::2], entries[1::2], strict=True)}
 
 
 def read_options(arguments: Sequence[str], known: dict[str, Option], whose: str) -> dict[str, Any]:

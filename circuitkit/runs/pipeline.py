@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from circuitkit.circuit import Circuit
 from circuitkit.errors import OptionError
 from circuitkit.evaluation.faithfulness import evaluate
@@ -13,12 +15,14 @@ from circuitkit.methods.base import METHODS, Plan, checked_options, edge_methods
 from circuitkit.models.base import load
 from circuitkit.models.hooked import Model
 from circuitkit.models.neurons import group_size
+from circuitkit.models.views import view_in
 from circuitkit.runs.provenance import data_sha256, model_sha256, versions
 from circuitkit.scores import Scores
 from circuitkit.tasks.base import Batch, Task, make
 
 Selection = Literal["auto", "top", "grow", "own"]
 EDGES = 100  # how many edges a circuit has if neither the user nor the method says
+SHOWN_STEPS = 24  # of an input of numbers, on the page
 
 
 def find(
@@ -61,10 +65,11 @@ def find(
         raise OptionError("selection 'own' takes the edges that the method chose; leave out edges, or use 'top'")
     # What can be refused is refused before a model is loaded.
     checked_options(method, METHODS[method], options)
-    if method not in edge_methods():
+    if METHODS[method].level != "edge":
+        family = METHODS[method].families[0] if isinstance(model, str) else model.family
         raise OptionError(
             f"{method} scores components, not edges, so it gives no circuit; use circuitkit.score, or one of "
-            + ", ".join(edge_methods())
+            + ", ".join(edge_methods(family))
         )
     Plan.of(batch_size, budget, progress, seed)
     model = load(model) if isinstance(model, str) else model
@@ -107,13 +112,14 @@ def _where_from(model: Model, task: Task, scores: Scores) -> dict[str, Any]:
     return {
         "model": model.name,
         "neurons": group_size(model.graph),
+        **view_in(model.graph),
         "task": task.name,
         "n": len(task),
         "metric": task.metric.name,
         "method": scores.method,
         "options": dict(scores.options),
         "signed": scores.signed,
-        "d_model": model.wiring.width,
+        "d_model": model.width,
         "versions": versions(),
         "model_sha256": model_sha256(model.module),
         "data_sha256": data_sha256(task),
@@ -125,14 +131,43 @@ def _example(model: Model, batch: Batch) -> dict[str, str]:
     """The first pair of a task as text, for the page that shows the circuit."""
     row = batch.rows(slice(0, 1))
     length = int(row.lengths[0])
-    ids = {
-        "clean": row.clean[0, :length],
-        "corrupt": row.corrupt[0, :length],
-        "right": row.right.flatten(),
-        "wrong": row.wrong.flatten(),
+    said = {
+        name: _input_text(model, values[0, :length])
+        for name, values in (("clean", row.clean), ("corrupt", row.corrupt))
     }
-    return {name: _text(model, [i for i in values.tolist() if i >= 0]) for name, values in ids.items()}
+    for name, values in (("right", row.right), ("wrong", row.wrong)):
+        said[name] = _answer_text(model, [i for i in values.flatten().tolist() if i >= 0])
+    if row.target is not None:
+        said["target"] = _numbers(row.target[0])
+    return said
+
+
+def _input_text(model: Model, values: Tensor) -> str:
+    return _numbers(values) if values.is_floating_point() else _text(model, values.tolist())
+
+
+def _answer_text(model: Model, ids: list[int]) -> str:
+    """Answers as text; a recurrent network's answers may be classes of their own, which its tokenizer does not know."""
+    own = getattr(model, "d_vocab_out", None) not in (None, model.d_vocab)
+    return _spelled(model.card.get("output_symbols"), ids) if own else _text(model, ids)
 
 
 def _text(model: Model, ids: list[int]) -> str:
-    return " ".join(map(str, ids)) if model.tokenizer is None else str(model.tokenizer.decode(ids))
+    return _spelled(model.card.get("symbols"), ids) if model.tokenizer is None else str(model.tokenizer.decode(ids))
+
+
+def _spelled(symbols: list[str] | None, ids: list[int]) -> str:
+    """Ids as the symbols of a card, without spaces if these are single characters; as numbers if it has none."""
+    if symbols is None:
+        return " ".join(map(str, ids))
+    characters = sum(len(symbol) <= 1 for symbol in symbols) > len(symbols) / 2
+    return ("" if characters else " ").join(symbols[i] for i in ids)
+
+
+def _numbers(values: Tensor) -> str:
+    """Numbers at each step, several in brackets; of a long input every k-th step, counted from the first."""
+    rows = values.flatten(1)
+    every = -(-len(rows) // SHOWN_STEPS)
+    steps = [" ".join(f"{value:.3g}" for value in step) for step in rows[::every].tolist()]
+    text = " ".join(steps) if rows.shape[1] == 1 else " ".join(f"[{step}]" for step in steps)
+    return text if every == 1 else f"{text} (one in {every} of {len(rows)} steps)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from circuitkit.circuit import Circuit
     from circuitkit.scores import Scores
 
+WIDTH, MOST_ROWS, MOST_CELLS = 80, 40, 20  # of a table of components
 UNDEFINED = "undefined: the clean and corrupt metrics are equal, so there is no behaviour to explain"
 
 
@@ -60,7 +62,7 @@ def result_table(result: Result, title: str) -> Table:
 
 
 def score_table(scores: Scores | NodeScores, most: int = 10) -> Table:
-    """The strongest edges of a ranking, connected or not; of scores of components, all."""
+    """The strongest edges of a ranking, connected or not; of scores of components, all that can be read."""
     if isinstance(scores, NodeScores):
         return _node_table(scores)
     title = f"strongest edges by {scores.method}"
@@ -74,21 +76,40 @@ def score_table(scores: Scores | NodeScores, most: int = 10) -> Table:
 
 
 def _node_table(scores: NodeScores) -> Table:
-    title = f"{scores.method}: effect on the metric"
+    """All effects, on their side if that fits better; of more than fit either way the strongest, one on each line."""
+    title, what = f"{scores.method}: effect on the metric", list[list[str]]()
+    # NaN stands where there is no such component, or no edge to patch.
+    cells = [["" if value != value else f"{value:+.3g}" for value in row] for row in scores.values.tolist()]
+    lines = [["", *scores.columns], *([label, *row] for label, row in zip(scores.rows, cells, strict=True))]
+    for way in (lines, [list(column) for column in zip(*lines, strict=True)]):
+        if _width(way) <= WIDTH and (way is lines or len(way) <= MOST_ROWS):
+            what = way
+            break
+    else:
+        title += f", the {MOST_CELLS} strongest of {scores.values.numel():,}"
+        order = scores.values.abs().nan_to_num(-1).flatten().argsort(descending=True, stable=True)[:MOST_CELLS]
+        at = [divmod(int(i), len(scores.columns)) for i in order]
+        what = [["component", "where", "effect"], *([scores.rows[i], scores.columns[k], cells[i][k]] for i, k in at)]
     table = Table(title=Text(title), title_justify="left", box=None, min_width=len(title))
-    for heading in ("", *scores.columns):
-        table.add_column(Text(str(heading)), justify="right")
-    for label, row in zip(scores.rows, scores.values.tolist(), strict=True):
-        # NaN stands where there is no such component, or no edge to patch.
-        table.add_row(Text(label), *("" if value != value else f"{value:+.3g}" for value in row))
+    for heading in what[0]:
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    for line in what[1:]:
+        table.add_row(*map(Text, line))
     return table
 
 
-def names_table(rows: list[tuple[str, str]], headings: tuple[str, str]) -> Table:
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    """Characters that a table takes, with a space on either side of every cell."""
+    return sum(max(map(len, column)) + 2 for column in zip(*lines, strict=True))
+
+
+def names_table(rows: Sequence[tuple[str, ...]], headings: tuple[str, ...]) -> Table:
     """Names with one line on each."""
     table = Table(*headings, box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name, line in rows:
-        table.add_row(Text(name), Text(line))
+    for column in table.columns[:-1]:
+        column.no_wrap = True  # a name is typed as it is read
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 

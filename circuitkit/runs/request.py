@@ -17,6 +17,7 @@ from circuitkit.methods.base import METHODS, Plan, score
 from circuitkit.models.base import load
 from circuitkit.models.hooked import Model
 from circuitkit.models.neurons import split_like
+from circuitkit.models.views import check_recurrent, read_time, viewed_like, with_view
 from circuitkit.models.zoo import zoo_name, zoo_names
 from circuitkit.result import NodeScores, Result
 from circuitkit.runs.manifest import manifest_of
@@ -41,6 +42,8 @@ class Request:
         options: the method's own options.
         metric: a metric other than the task's own, or None.
         neurons: how many neurons make a node, or None for whole MLPs.
+        time: how a recurrent network's time is cut, as text; None for collapsed.
+        group: what a node of a recurrent network is; None for units.
     """
 
     model: str
@@ -52,6 +55,8 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     metric: str | None = None
     neurons: int | None = None
+    time: str | None = None
+    group: str | None = None
 
     @classmethod
     def read(cls, typed: Sequence[str], *, task: str, method: str, metric: str | None, **asked: Any) -> Request:
@@ -67,6 +72,8 @@ class Request:
         theirs = {name: value for name, value in values.items() if name not in of_method}
         if metric is not None:
             METRICS[metric]
+        if asked.get("time") is not None:
+            read_time(asked["time"])
         return cls(task=task, method=method, metric=metric, task_options=theirs, options=ours, **asked)
 
     def prepare(self) -> tuple[Model, Task]:
@@ -79,8 +86,18 @@ class Request:
         except UnsupportedModel as error:
             near = get_close_matches(self.model, zoo_names(), n=1, cutoff=0.7)
             raise UnsupportedModel(f"{error} Did you mean {near[0]!r}?" if near else str(error)) from error
+        if self.time or self.group:
+            check_recurrent(model, "time" if self.time else "group")
         task = make(self.task, model, n=self.n, seed=self.seed, **self.task_options)
+        model = self._viewed(model, task)
         return model, task.with_metric(self.metric) if self.metric else task
+
+    def _viewed(self, model: Model, task: Task) -> Model:
+        """The model in the view asked for; its steps and the steps that are read are the task's."""
+        longest = max(batch.clean.shape[1] for batch in task.batches)
+        answers = sorted({int(i) for batch in task.batches for i in batch.positions.unique()})
+        steps = longest if self.time == "expanded" else None
+        return with_view(model, self.time, steps=steps, group=self.group, read_at=answers)
 
     def score(self, **settings: Any) -> Scores | NodeScores:
         """`circuitkit.score` for this request."""
@@ -128,7 +145,7 @@ def evaluate_again(
     asked = {"model": model, "task": task, "n": n, "seed": seed, "metric": metric}
     request = Request(**{**known, **{name: value for name, value in asked.items() if value is not None}})
     loaded, behaviour = request.prepare()
-    loaded = split_like(loaded, circuit.graph)
+    loaded = (viewed_like if loaded.family == "recurrent" else split_like)(loaded, circuit.graph)
     result = evaluate(loaded, behaviour, circuit, seed=request.seed, **settings)
     notes = []
     if made and model_sha256(loaded.module) != made.model_sha256:

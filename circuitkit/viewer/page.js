@@ -42,6 +42,7 @@
   };
   if (edges.score.some((score) => score >= 0)) legend(data.effects[0], colours.positive, true);
   if (edges.score.some((score) => score < 0)) legend(data.effects[1], colours.negative, true);
+  if (inner.length) legend(data.inner_name, colours.neutral, true);
   for (const kind of new Set(boxes.map((box) => box.kind))) legend(kinds[kind] ?? kind, colours[kind] ?? colours.error);
 
   if (!total) {
@@ -56,8 +57,9 @@
   const boxWidth = Math.max(52, 10 * longest + 14);
   const [left, right] = [Math.min(...boxes.map((b) => b.x)), Math.max(...boxes.map((b) => b.x))];
   const top = Math.max(...boxes.map((box) => box.y));
-  const tall = 64;
   const shape = at("graph").clientWidth / Math.max(at("graph").clientHeight, 1);
+  // A wide circuit of few lines gets more room between them.
+  const tall = Math.min(130, Math.max(64, (0.7 * (right - left) * (boxWidth + 14)) / (shape * Math.max(top, 1))));
   const wide = Math.min(1.9 * boxWidth, Math.max(boxWidth + 14, (0.8 * shape * tall * top) / Math.max(right - left, 1)));
   const place = (x, y) => ({ x: x * wide, y: -y * tall });
 
@@ -66,7 +68,7 @@
   const margin = edges.bend.reduce((least, _, i) => Math.min(least, middleOf(i) * wide), left * wide - boxWidth / 2) - 24;
 
   const nodeOf = (box, i) => ({
-    group: "nodes", classes: box.kind, position: place(box.x, box.y),
+    group: "nodes", classes: `kind-${box.kind}`, position: place(box.x, box.y),
     data: { id: `n${i}`, number: i, label: box.label, colour: colours[box.kind] ?? colours.error },
   });
   const labelOf = ([text, y], i) => ({
@@ -82,7 +84,9 @@
     const [a, b, bend] = [place(s.x, s.y), place(t.x, t.y), place(...edges.bend[i])];
     const [dx, dy] = [b.x - a.x, b.y - a.y];
     const length = Math.hypot(dx, dy) || 1;
-    const bow = ((bend.x - (a.x + b.x) / 2) * -dy + (bend.y - (a.y + b.y) / 2) * dx) / length;
+    // A loop is as high as its bend says; cytoscape's loops reach about as far as their control points.
+    const bow = edges.source[i] === edges.target[i] ? a.y - bend.y
+      : ((bend.x - (a.x + b.x) / 2) * -dy + (bend.y - (a.y + b.y) / 2) * dx) / length;
     const share = strength(i) / largest;
     return {
       group: "edges",
@@ -106,7 +110,7 @@
         shape: "round-rectangle", width: boxWidth, height: 36, label: "data(label)", "font-size": 17,
         "text-valign": "center", "background-color": "data(colour)", "border-width": 1.5, "border-color": "#98a2b3",
         color: colours.text, "font-family": "system-ui, sans-serif" } },
-      { selector: "node.kv", style: { "border-style": "dashed" } },
+      { selector: "node.kind-kv", style: { "border-style": "dashed" } },
       { selector: "node.layer", style: {
         label: "data(label)", "background-opacity": 0, width: 1, height: 1, "text-halign": "left", color: colours.muted,
         "text-valign": "center", "font-size": 19, "font-family": "system-ui, sans-serif", events: "no" } },

@@ -12,7 +12,7 @@ from typing import Any
 
 from circuitkit.atomic import write_atomic
 from circuitkit.circuit import Circuit
-from circuitkit.drawing import KIND_NAMES, PALETTE, Drawing, draw, effect_names, visible
+from circuitkit.drawing import KIND_NAMES, PALETTE, Drawing, draw, effect_names, inner_name, visible
 from circuitkit.schema import jsonable
 
 FIRST_EDGES = 2000
@@ -80,6 +80,7 @@ def page_data(circuit: Circuit) -> dict[str, Any]:
         "layers": _layers(drawing),
         "spans": [(visible(text), round(across, 4)) for text, across in drawing.spans],
         "inner": [list(pair) for pair in drawing.inner],
+        "inner_name": inner_name(drawing),
         "readers": [visible(name) for name in readers],
         "slots": [f" (as {visible(slot)})" if (slot := slots[c.reader]) else "" for c in drawing.curves],
         "edges": {
@@ -122,7 +123,7 @@ def _example(circuit: Circuit) -> list[tuple[str, str]]:
     example = circuit.meta.get("example")
     if not isinstance(example, dict):
         return []
-    names = [name for name in ("clean", "corrupt", "right", "wrong") if example.get(name)]
+    names = [name for name in ("clean", "corrupt", "right", "wrong", "target") if example.get(name)]
     return [(name, visible(_sentence(example[name]))) for name in names]
 
 
