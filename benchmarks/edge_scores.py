@@ -22,7 +22,7 @@ import circuitkit as ck
 from circuitkit.methods.base import backward_bytes
 from circuitkit.methods.plan import Plan
 from circuitkit.models.edits import patch_edges
-from circuitkit.models.hooked import hooked, quiet
+from circuitkit.models.hooks import hooked, quiet
 
 SHAPES = {
     "gpt2-small": lambda: transformers.GPT2Config(),

@@ -11,7 +11,7 @@ import circuitkit as ck
 from circuitkit.errors import OptionError, UnsupportedModel
 from circuitkit.functional.metrics import METRICS, Metric
 from circuitkit.models.decomposition import Decomposition, inner_wiring, record_whole
-from circuitkit.models.hooked import hooked, keeper
+from circuitkit.models.hooks import hooked, keeper
 from circuitkit.models.wiring import Port
 from tests.families import build, every_family
 from tests.laws.test_method_laws import assert_close

@@ -22,11 +22,13 @@ def registries_as_found(monkeypatch):
     from circuitkit.exporters.base import EXPORTERS, SUFFIXES
     from circuitkit.functional.metrics import METRICS
     from circuitkit.methods.base import METHODS
+    from circuitkit.models.recurrent.cells import base as cells
     from circuitkit.tasks.base import TASKS
 
     for registry in (EXPORTERS, METRICS, METHODS, TASKS):
         len(registry)
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(cells, "_CELLS", dict(cells.cells()))
     before = dict(SUFFIXES)
     yield
     SUFFIXES.clear()
@@ -63,3 +65,9 @@ def test_the_index_says_of_every_method_when_to_take_it():
 
     index = (ROOT / "docs" / "index.md").read_text()
     assert [name for name in METHODS if f"(methods/{name}.md)" not in index] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_tables_that_benchmarks_write_are_there(page):
+    filled = re.findall(r"<!-- ([\w-]+) -->(.*?)<!-- /\1 -->", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert [name for name, text in filled if text.count("\n|") < 3] == []

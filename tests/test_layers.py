@@ -12,8 +12,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # From the bottom up. Modules of one layer do not know each other, unless KNOWS says so.
 LAYERS = (
-    ("errors", "shapes", "registry", "resources", "atomic", "result", "measures", "comparisons"),
-    ("functional", "graph", "positions"),
+    ("errors", "shapes", "registry", "resources", "atomic", "result", "measures", "comparisons", "cautions"),
+    ("functional", "graph", "positions", "arrangement"),
     ("circuit",),
     ("scores",),
     ("schema", "drawing", "models", "tasks", "dictionaries"),
@@ -34,6 +34,8 @@ KNOWS = {
     ("graph", "functional"),
     ("positions", "functional"),
     ("positions", "graph"),
+    ("arrangement", "functional"),
+    ("arrangement", "graph"),
     ("drawing", "schema"),
     ("evaluation", "analysis"),
     ("exporters", "figures"),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 import circuitkit as ck
 from circuitkit.errors import MetricError, UnsupportedModel
-from circuitkit.models.hooked import hooked, keeper
+from circuitkit.models.hooks import hooked, keeper
 from circuitkit.models.local import check_heads_are_independent
 from tests.families import build
 from tests.oracles.local import literal_local_exact

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import circuitkit as ck
 from circuitkit.errors import MetricError, OptionError
-from circuitkit.models.hooked import hooked
+from circuitkit.models.hooks import hooked
 from circuitkit.models.relevance import Rules, final_hooks, relevance_gradients, rule_hooks
 from tests.families import build, every_family
 from tests.oracles.relevance import literal_relevance, ruled_input_gradient
