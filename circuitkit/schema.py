@@ -22,7 +22,8 @@ from circuitkit.graph import Graph
 from circuitkit.result import Result
 
 _MEASURES = ("completeness", "minimality", "test", "stability", "overlap", "controls")
-VERSIONS = {"circuit": 1, "scores": 1, "result": 1, "learning": 1} | dict.fromkeys(_MEASURES, 1)
+_FILES = ("circuit", "scores", "result", "learning", "dictionary", "training")
+VERSIONS = dict.fromkeys((*_FILES, *_MEASURES), 1)
 _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,

@@ -17,7 +17,7 @@ LAYERS = (
     ("circuit",),
     ("scores",),
     ("schema", "drawing", "models", "tasks", "dictionaries"),
-    ("methods",),
+    ("methods", "features"),
     ("evaluation", "analysis"),
     ("figures", "exporters", "viewer"),
     ("runs",),
@@ -25,7 +25,8 @@ LAYERS = (
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
-# The bottom layer and the pair around the graph are single files in a fixed order; figures and viewer draw alike.
+# The bottom layer and the pair around the graph are single files in a fixed order; figures and viewer draw alike;
+# dictionaries are spliced into models.
 KNOWS = {
     ("registry", "errors"),
     ("resources", "errors"),
@@ -37,6 +38,7 @@ KNOWS = {
     ("arrangement", "functional"),
     ("arrangement", "graph"),
     ("drawing", "schema"),
+    ("dictionaries", "models"),
     ("evaluation", "analysis"),
     ("exporters", "figures"),
     ("viewer", "exporters"),
