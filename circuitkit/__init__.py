@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from circuitkit.circuit import Circuit
+    from circuitkit.dictionaries.formats import load_dictionary
+    from circuitkit.dictionaries.splice import splice
     from circuitkit.errors import CircuitKitError
     from circuitkit.evaluation.completeness import completeness
     from circuitkit.evaluation.controls import controls
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from circuitkit.evaluation.overlap import overlap
     from circuitkit.evaluation.stability import stability
     from circuitkit.exporters.base import export
+    from circuitkit.features.attribution import attribution_graph
     from circuitkit.graph import Graph
     from circuitkit.methods.base import score
     from circuitkit.models.base import load
@@ -42,6 +45,7 @@ __all__ = [
     "Scores",
     "Task",
     "__version__",
+    "attribution_graph",
     "completeness",
     "controls",
     "equivalence_test",
@@ -50,10 +54,12 @@ __all__ = [
     "find",
     "independence_test",
     "load",
+    "load_dictionary",
     "minimality",
     "minimality_test",
     "overlap",
     "score",
+    "splice",
     "stability",
     "task",
 ]
@@ -68,6 +74,7 @@ _HOMES = {
     "Result": "circuitkit.result",
     "Scores": "circuitkit.scores",
     "Task": "circuitkit.tasks.base",
+    "attribution_graph": "circuitkit.features.attribution",
     "completeness": "circuitkit.evaluation.completeness",
     "controls": "circuitkit.evaluation.controls",
     "equivalence_test": "circuitkit.evaluation.hypothesis_tests",
@@ -76,10 +83,12 @@ _HOMES = {
     "find": "circuitkit.runs.pipeline",
     "independence_test": "circuitkit.evaluation.hypothesis_tests",
     "load": "circuitkit.models.base",
+    "load_dictionary": "circuitkit.dictionaries.formats",
     "minimality": "circuitkit.evaluation.minimality",
     "minimality_test": "circuitkit.evaluation.hypothesis_tests",
     "overlap": "circuitkit.evaluation.overlap",
     "score": "circuitkit.methods.base",
+    "splice": "circuitkit.dictionaries.splice",
     "stability": "circuitkit.evaluation.stability",
     "task": "circuitkit.tasks.base:make",
 }

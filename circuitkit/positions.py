@@ -53,6 +53,11 @@ def positional_graph(base: Graph, spans: Sequence[str], read_at: Iterable[int], 
     n, nodes, answered = len(spans), base.destination_nodes, set(read_at)
     attention = [c for c, node in enumerate(nodes) if node.slot in SLOTS]
     heads = base.feeds[attention].any(0).nonzero().flatten().tolist()
+    if any(base.source_nodes[row].kind != "head" for row in heads):
+        raise GraphError(
+            "attention is written by a dictionary's latents here, and which head carries what from span to span is lost"
+            " among them; leave dictionaries of attn-out out of a graph with positions"
+        )
     sources = _ordered(base, range(len(base.sources)), attention, n)
     destinations = _ordered(base, heads, range(len(nodes)), n)
     destinations = [e for e in destinations if e.is_row or nodes[e.number].kind != "logits" or e.span in answered]

@@ -12,7 +12,15 @@ ROOT = Path(circuitkit.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 FILE, METHOD, FUNCTION = 300, 150, 60
 # Files under methods/ that are no method.
-SHARED = ("__init__.py", "base.py", "gradients.py", "learning.py", "optimal_constants.py", "search.py")
+SHARED = (
+    "__init__.py",
+    "base.py",
+    "gradients.py",
+    "learning.py",
+    "node_effects.py",
+    "optimal_constants.py",
+    "search.py",
+)
 VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "manager", "managers"}
 
 by_name = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,9 @@ from circuitkit.models.hooks import Hook, hooked, keeper, quiet
 from circuitkit.models.operations import EdgeOperations
 from circuitkit.models.wiring import Port, Wiring
 from circuitkit.shapes import Logits, Stream, Tokens
+
+if TYPE_CHECKING:
+    from circuitkit.models.interventions import Intervened, Intervention
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,19 @@ class Model(EdgeOperations):
         from circuitkit.models.neurons import split_mlps
 
         return split_mlps(self, group, layers)
+
+    def intervene(
+        self,
+        interventions: Sequence[Intervention],
+        tokens: Tokens,
+        *,
+        frozen: bool = False,
+        constrained: Sequence[int] = (),
+    ) -> Intervened:
+        """Run under interventions on components or latents; see `circuitkit.models.interventions`."""
+        from circuitkit.models.interventions import intervene
+
+        return intervene(self, interventions, tokens, frozen=frozen, constrained=constrained)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -132,6 +132,12 @@ def check_heads_are_independent(model: Model, run: Run) -> None:
     """
     one = run.rows(slice(0, 1))
     for site, written in inner_sites(model):
+        if int(model.graph.feeds[site.columns, written.rows].sum(0).max()) > 1:
+            raise UnsupportedModel(
+                f"in layer {site.block} of {model.name}, several heads feed one writer "
+                f"({model.graph.sources[written.first]}), so they cannot be edited together; use 'exact', 'eap' or "
+                "'eap-ig'"
+            )
         others = ~model.graph.feeds[site.first, written.rows].to(run.inputs[0].device)
 
         def edit(y: Tensor, n: int = site.n) -> Tensor:
