@@ -22,7 +22,7 @@ from circuitkit.graph import Graph
 from circuitkit.result import Result
 
 _MEASURES = ("completeness", "minimality", "test", "stability", "overlap", "controls")
-_FILES = ("circuit", "scores", "result", "learning", "dictionary", "training")
+_FILES = ("circuit", "scores", "result", "learning", "dictionary", "training", "feature-graph")
 VERSIONS = dict.fromkeys((*_FILES, *_MEASURES), 1)
 _DTYPES = {
     "float32": torch.float32,
