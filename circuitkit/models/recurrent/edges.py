@@ -70,12 +70,11 @@ def chunks(view: View, n_steps: int, rows: int) -> Iterator[Chunk]:
     for block, stage in view.network.stages:
         for link in stage.links:
             write = view.network.write(link.source)
-            first_row = int(view.writer_of[link.source][0])
+            first_row, own = int(view.writer_of[link.source][0]), view.link_mask(stage, link)
             for slot, part in rows_of(stage, link):
                 first_column = int(view.reader_of[slot][0])
                 for ws, wd, steps in view.pairs(n_steps, link.lag, reverse=block.reverse):
                     allowed = mask[ws, first_row : first_row + write.n, wd, first_column : first_column + slot.n]
-                    own = view.link_mask(stage, link)
                     allowed = allowed & own[first_row:, first_column:][: write.n, : slot.n]
                     readers, writers = allowed.T.nonzero(as_tuple=True)
                     for u, v in zip(writers.split(rows), readers.split(rows), strict=True):

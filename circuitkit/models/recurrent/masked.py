@@ -37,7 +37,7 @@ def run_masked(
         keep: the edges of each circuit: booleans, or how much of each edge is left.
     """
     masks = _Masks(view, keep, x)
-    weights = Weights.of(view.network, x)
+    weights = masks.weights
     values: dict[str, Tensor] = {view.network.input.name: x}
     for block in (*view.network.blocks, view.network.readout):
         outer = outer_sums(block, values, weights)
