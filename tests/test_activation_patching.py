@@ -151,3 +151,11 @@ def test_a_site_that_the_model_lacks_is_refused():
     model = random_model(attn_only=True)
     with pytest.raises(OptionError, match="has no mlp"):
         ck.score(model, random_task(model), "activation-patching", site="mlp", progress=False)
+
+
+def test_patterns_that_a_model_shows_but_does_not_use_are_refused():
+    from tests.families import build
+
+    model = ck.load(build("GPTJ"))
+    with pytest.raises(OptionError, match="GPTJForCausalLM changes nothing"):
+        ck.score(model, random_task(model), "activation-patching", site="pattern", progress=False)

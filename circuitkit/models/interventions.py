@@ -23,6 +23,7 @@ from circuitkit.errors import GraphError, OptionError
 from circuitkit.functional.norms import Norm, at_least_float32
 from circuitkit.models.hooked import Model
 from circuitkit.models.hooks import Hook, hooked, keeper
+from circuitkit.models.patterns import check_patterns
 from circuitkit.models.wiring import Port, ReadSite, WriteSite
 from circuitkit.shapes import Tokens
 
@@ -58,6 +59,9 @@ class Intervention:
     def __post_init__(self) -> None:
         if self.how not in HOW:
             raise OptionError(f"got how = {self.how!r}, expected one of {', '.join(HOW)}")
+        known = self.positions is None or isinstance(self.positions, int | slice | Sequence)
+        if not known or isinstance(self.positions, str | bool):
+            raise OptionError(f"got positions = {self.positions!r}, expected None, a whole number, several, or a slice")
         if not torch.as_tensor(self.value).isfinite().all():
             raise OptionError(f"got a value for {self.node} that is NaN or infinite; expected finite numbers")
 
@@ -214,7 +218,7 @@ def _edited(site: WriteSite, changes: list[tuple[int, Intervention]], y: Tensor)
         several = [one.positions] if isinstance(one.positions, int) else one.positions
         at = torch.arange(y.shape[1])[slice(None) if several is None else several].to(y.device)
         old = nodes[:, at, i]
-        nodes[:, at, i] = HOW[one.how](old, torch.as_tensor(one.value).to(old))
+        nodes[:, at, i] = HOW[one.how](old, torch.as_tensor(one.value, dtype=old.dtype, device=old.device))
     return nodes.reshape(y.shape)
 
 
@@ -239,8 +243,8 @@ def _holding(model: Model, tokens: Tokens, constrained: Sequence[int]) -> tuple[
     inputs = [Port(port.module, "in") for port in outer]
     ports = {*wiring.patterns, *(s.stream for s in reads), *(s.port for s in held), *(port for _, port in known)}
     with torch.no_grad(), model.quiet(), hooked([(port, keeper(seen, port)) for port in [*ports, *inputs]]):
-        logits = _logits(model, tokens)
-    _check_patterns(model, tokens, logits)
+        _logits(model, tokens)
+    check_patterns(model)
     now: dict[Port, Tensor] = {}
     norms = list[Hook]()
     hooks: list[Hook] = [(port, partial(_same, seen[port])) for port in wiring.patterns]
@@ -258,18 +262,6 @@ def _holding(model: Model, tokens: Tokens, constrained: Sequence[int]) -> tuple[
             (port, partial(_norm_held, norm, norm.statistics(seen[into])[1], now, into)),
         ]
     return norms, [*hooks, *((site.port, partial(_same, seen[site.port])) for site in held)]
-
-
-def _check_patterns(model: Model, tokens: Tokens, logits: Tensor) -> None:
-    """Refuse a model whose attention does not use the patterns that can be replaced. Raises OptionError."""
-    swap: list[Hook] = [(port, partial(torch.flip, dims=(-1,))) for port in model.wiring.patterns]
-    with torch.no_grad(), model.quiet(), hooked(swap):
-        inert = bool(swap) and tokens.shape[1] > 1 and torch.equal(_logits(model, tokens), logits)
-    if inert:
-        raise OptionError(
-            f"replacing the attention patterns of {model.name} changes nothing: its attention is computed in another "
-            "way, so patterns cannot be held; intervene without frozen and constrained"
-        )
 
 
 def _same(value: Tensor, _now: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from circuitkit.errors import OptionError
 from circuitkit.models.hooked import Model, Run
 from circuitkit.models.hooks import Hook, keeper
+from circuitkit.models.patterns import check_patterns
 from circuitkit.models.wiring import Port
 
 SITES = ("resid", "head", "q", "k", "v", "pattern", "mlp", "neuron")
@@ -43,13 +44,18 @@ class Place:
 
 
 def find_places(model: Model, site: str) -> list[Place]:
-    """Where a kind of activation is found, block by block. Raises OptionError if the model has none."""
+    """Where a kind of activation is found, block by block.
+
+    Raises:
+        OptionError: if the model has none, or patterns that it does not use.
+    """
     wiring, n = model.wiring, len(model.wiring.blocks)
     if site not in SITES:
         raise OptionError(f"got site = {site!r}, expected one of {', '.join(SITES)}")
     if site == "resid":
         return [Place(block, None, 1) for block in range(n + 1)]
     if site == "pattern" and wiring.patterns:
+        check_patterns(model)
         heads = wiring.graph.sources
         return [
             Place(i, port, sum(name.startswith(f"a{i}.h") for name in heads), True)
