@@ -45,9 +45,10 @@ class Site:
     @classmethod
     def parse(cls, text: str) -> Site:
         """The site of a text that `str` made. Raises OptionError for any other."""
-        kind, _, rest = text.partition(".")
-        if kind == "state" and rest.startswith("l"):
-            return cls(kind, int(rest[1:].partition(".")[0].rstrip("r")), rest)
+        kind, _, rest = str(text).partition(".")
+        layer = rest[1:].partition(".")[0].rstrip("r")
+        if kind == "state" and rest.startswith("l") and layer.isdigit():
+            return cls(kind, int(layer), rest)
         if not rest.isdigit():
             raise OptionError(f"got site {text!r}, expected a kind and a layer, such as 'mlp-in.2' or 'state.l0.h'")
         return cls(kind, int(rest))

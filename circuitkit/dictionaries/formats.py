@@ -18,26 +18,33 @@ from circuitkit.dictionaries import other_formats, sae_lens_format
 from circuitkit.dictionaries.base import Dictionary, Site
 from circuitkit.dictionaries.sae_lens_format import agreed
 from circuitkit.dictionaries.weights import field_of, make_coder, read_json, read_tensors, sha256_of
+from circuitkit.dictionaries.zoo import dictionary_folder, dictionary_sets
 from circuitkit.errors import FormatError, OptionError
 
 CONFIG, WEIGHTS = "dictionary.json", "dictionary.safetensors"
 FORMATS = ("circuitkit", "sae-lens")
+FIELDS: dict[str, tuple[type, ...]] = {
+    "activation": (str,), "k": (int, type(None)), "subtract_b_dec": (bool,), "read": (str,), "writes": (list,),
+    "model": (str,), "card": (dict,),
+}  # fmt: skip
 
 
 def load_dictionary(
     source: str | Path | Any, *, read: Site | None = None, writes: tuple[Site, ...] | Site | None = None
 ) -> Dictionary:
-    """A dictionary from a folder, a file, a SAELens release or a SAELens object.
+    """A dictionary that ships with circuitkit, or from a folder, a file, a SAELens release or a SAELens object.
 
     Args:
         source: a folder of circuitkit, SAELens, sparsify or dictionary_learning; a transcoder file or cross-layer
-            folder of circuit-tracer (``read`` chooses the layer); ``"release/id"``; or an ``SAE`` object.
+            folder of circuit-tracer (``read`` chooses the layer); where no such path exists a name of
+            `circuitkit.dictionaries.zoo.dictionary_names` or ``"release/id"``; or an ``SAE`` object.
         read: where it reads. Needed where the file does not say; otherwise it must agree.
         writes: where it writes, likewise.
 
     Raises:
         FormatError: if the file is missing, truncated, damaged or of a kind that is not known.
-        OptionError: if it belongs to another site than the one given, or the site is not known.
+        OptionError: if it belongs to another site than the one given, or the site is not known; or for a set.
+        UnknownName: for a name of a model that dictionaries ship for, and none of these.
 
     >>> import tempfile, torch
     >>> from circuitkit.dictionaries.sparse_coder import SparseCoder
@@ -59,6 +66,11 @@ def load_dictionary(
         return other_formats.load_circuit_tracer(path, read, where)
     if path.is_dir():
         return _load_folder(path, read, where)
+    shipped = dictionary_folder(str(source)) if isinstance(source, str) else None
+    if shipped is not None:
+        if source in dictionary_sets():
+            raise OptionError(f"{source} is a set of dictionaries; use load_dictionaries, or name one: {source}/0")
+        return _load_folder(shipped, read, where)
     if isinstance(source, Path) or "/" not in source or source.startswith((".", "/", "~")):
         raise FormatError(f"{source} does not exist; give a folder, a file or 'release/id'")
     return sae_lens_format.load_pretrained(source, read, where)
@@ -67,10 +79,14 @@ def load_dictionary(
 def load_dictionaries(folder: str | Path) -> tuple[Dictionary, ...]:
     """All dictionaries of a folder, by layer: of a cross-layer transcoder, or in its subfolders and layer files.
 
+    Args:
+        folder: a folder, or a name of `circuitkit.dictionaries.zoo.dictionary_sets`, where no such path exists.
+
     Raises:
         FormatError: if there is none, or one cannot be read.
     """
-    folder = Path(folder)
+    shipped = None if Path(folder).exists() else dictionary_folder(str(folder))
+    folder = Path(folder) if shipped is None else shipped
     if next(folder.glob("W_enc_*.safetensors"), None):
         return other_formats.load_circuit_tracer_clt(folder, None)
     found = [path for path in folder.glob("*") if path.is_dir() or path.match("layer_*.safetensors")]
@@ -127,6 +143,10 @@ def _load_own(folder: Path, read: Site | None, writes: tuple[Site, ...] | None) 
 
     config, where = read_json(folder / CONFIG), str(folder)
     check_schema(config.get("schema"), "dictionary", where)
+    for name, kinds in FIELDS.items():
+        if type(field_of(config, name, where)) not in kinds:
+            words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise FormatError(f"{where}: {CONFIG} has {name} = {config[name]!r}, expected {words}; save it again")
     tensors = read_tensors(folder / WEIGHTS)
     if field_of(config, "weights_sha256", where) != sha256_of(folder / WEIGHTS):
         raise FormatError(f"{where}: {WEIGHTS} and {CONFIG} were not written together; save the dictionary again")

@@ -66,7 +66,7 @@ def place_of(model: Model, dictionary: Dictionary) -> Place:
         )
     check_fits(dictionary, model)
     if kind == "head":
-        return Place(site, own[0], _attention_output(model, own[0]), None)
+        return Place(site, own[0], attention_output(model, own[0]), None)
     if dictionary.kind == "sae":
         return Place(site, own[0], own[0].port, None)
     readers = model.graph.destination_nodes
@@ -93,8 +93,12 @@ def _written_site(dictionary: Dictionary) -> Site:
 
 
 @torch.no_grad()
-def _attention_output(model: Model, write: WriteSite) -> Port:
-    """The last module of a block that gives what its heads write together; no wiring names it, so it is looked for."""
+def attention_output(model: Model, write: WriteSite) -> Port:
+    """The last module of a block that gives what its heads write together; no wiring names it, so it is looked for.
+
+    Raises:
+        UnsupportedModel: if no module gives it.
+    """
     run = model.record(probe_tokens(model.d_vocab, model.module)[:, : min(5, model.n_ctx)])
     block, found, z = model.wiring.blocks[write.block], list[tuple[nn.Module, Tensor]](), dict[str, Tensor]()
 

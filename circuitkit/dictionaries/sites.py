@@ -10,6 +10,7 @@ state                   what a recurrent layer writes at every step
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -100,8 +101,19 @@ def check_fits(dictionary: Dictionary, model: Model) -> None:
     Raises:
         OptionError: saying what does not fit.
     """
+    for name, weight in dictionary.coder.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise OptionError(
+                f"the dictionary at {dictionary.read} has NaN or infinite values in {name}; load it again"
+            )
     # A module given in memory is named by its class, which says nothing about its weights.
     known = dictionary.model and not model.name.endswith(("LMHeadModel", "ForCausalLM"))
+    if dictionary.model and not known:
+        warnings.warn(
+            f"the dictionary was trained on {dictionary.model!r}; whether {model.name} is that model cannot be told. "
+            "Say so by circuitkit.load(module, name=...)",
+            stacklevel=2,
+        )
     if known and dictionary.model.rpartition("/")[2].lower() != model.name.rpartition("/")[2].lower():
         raise OptionError(
             f"the dictionary was trained on {dictionary.model!r}, and the model is {model.name!r}; if both are "

@@ -227,8 +227,9 @@ def _pair(pair: Pair, number: int) -> Batch:
     fits = x.dim() in (2, 3) and y.dim() in (2, 3) and len(x) == len(y) and len(x) > 1
     if not fits or (x.dim() == 3 and x.shape[:2] != y.shape[:2]):
         raise OptionError(
-            f"batch {number} has inputs {list(x.shape)} and targets {list(y.shape)}; expected [batch, d_in] with "
-            "[batch, d_out] or [batch, out, d_out], or [batch, layer, d_in] with [batch, layer, d_out]"
+            f"batch {number} has inputs {list(x.shape)} and targets {list(y.shape)}; expected at least 2 rows "
+            "of [batch, d_in] with [batch, d_out] or [batch, out, d_out], or [batch, layer, d_in] with "
+            "[batch, layer, d_out]"
         )
     return (x if x.dim() == 3 else x[:, None]), (y if y.dim() == 3 else y[:, None])
 

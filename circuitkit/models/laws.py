@@ -27,8 +27,8 @@ from circuitkit.models.hooks import Hook, keeper
 from circuitkit.models.transformer import probe_tokens
 from circuitkit.models.wiring import MlpParts, Port, ReadSite
 
-# Root-mean-square norms of transformers compute in float32 whatever the weights' dtype, hence 1e-6 in float64.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+# Hugging Face's norms and softmax compute in float32 whatever the weights' dtype, hence 1e-5 in float64.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
 
 def check_laws(model: Model) -> None:
