@@ -298,7 +298,9 @@ def test_the_induction_circuit_shows_where_a_head_looks(tmp_path):
     edges = set(circuit.edge_names())
     assert {"input@A->a0.h0<v>@A", "a0.h0<v>@A->a0.h0@B", "a0.h0@B->a1.h0<k>@B", "a1.h0<k>@B->a1.h0@end"} <= edges
     assert circuit.result.better_than_chance and circuit.result.faithfulness > 0.8
-    assert circuit.result.known == {"precision": 1.0, "recall": 1.0, "auroc": 1.0}, "and nothing but the known circuit"
+    assert circuit.result.known == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "auroc": 1.0}, (
+        "and nothing but the known circuit"
+    )
     circuit.save(tmp_path / "c.json")
     back = ck.Circuit.load(tmp_path / "c.json")
     assert back.edge_names() == circuit.edge_names() and back.graph.same_as(circuit.graph)

@@ -25,7 +25,7 @@ def test_induction_edge_ranks_first_by_exact_patching():
     result = ck.evaluate(model, task, scores.top(3), progress=False)
     assert set(scores.top(3).edge_names()) == set(task.known)
     assert result.better_than_chance and 0.9 < result.faithfulness < 1.1
-    assert result.known == {"precision": 1.0, "recall": 1.0, "auroc": 1.0}
+    assert result.known == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "auroc": 1.0}
 
 
 @pytest.mark.parametrize("method", edge_methods())

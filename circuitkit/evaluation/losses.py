@@ -22,12 +22,27 @@ _NO_UNEMBEDDING = (
     "it does not see what the logits read of the stream: most of the stream is the input (a share of 0.55 to 0.91), so "
     "input->logits is grown, which has no effect, and takes a place that a link of the chain needs"
 )
+_WHOLE_HEADS = (
+    "it scores components, so queries and keys with weights of zero score what their head's values score; and edges "
+    "into the logits count codes, of which there are fewer than pairs of codes (means of 0.6 and 1.7, not 1.7 and 6.0)"
+)
+_BOTH_VALID = (
+    "both inputs of a pair are valid, and the mean over positions forgets their order: most of the program shows no "
+    "code on clean inputs alone ({}), and a0.h0's edges into the last head, which shows some, are taken for parts"
+)
 
 # method -> model -> reason
 REASONS: dict[str, dict[str, str]] = {
     "atp-star-edges": {
         "induction/trained": "with two blocks, the one pass that counts for input->a0.h0<v> drops what flows back "
         "through block 1, and all of its effect goes there: 0.1 instead of 22, so the chain misses its first link",
+    },
+    "discrete-codes": {
+        "modadd/half_trained_1layer": "it scores components, so a head's queries and keys score what its values score: "
+        "the four edges taken are all of a0.h6, two of them its query and key, whose weights are zero",
+        **dict.fromkeys(("modadd/three_layer", "modadd/two_layer"), _WHOLE_HEADS),
+        "tracr/reverse": _BOTH_VALID.format("8 of 13 known edges score 0"),
+        "tracr/sort_unique": _BOTH_VALID.format("5 of 10 known edges score 0"),
     },
     "information-flow-routes": {
         **dict.fromkeys(

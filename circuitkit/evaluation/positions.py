@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuitkit.circuit import Circuit
 from circuitkit.errors import GraphError
-from circuitkit.functional.stats import auroc
+from circuitkit.functional.stats import auroc, f1
 from circuitkit.graph import Graph, Node
 from circuitkit.methods.base import clean_and_corrupt, corrupt_writes, matrix_bytes, with_reference
 from circuitkit.methods.plan import Plan
@@ -82,7 +82,7 @@ def position_metrics(
 def against_known(
     circuit: Circuit, known: tuple[str, ...] | None, layout: Layout | None
 ) -> dict[str, float | None] | None:
-    """Precision and recall of a circuit, AUROC of its ranking; an edge with positions counts if it is in any span.
+    """Precision, recall and F1 of a circuit, AUROC of its ranking; an edge with positions counts if it is in any span.
 
     None where nobody has said which nodes belong to the circuit: single neurons of MLPs, groups of recurrent units.
     """
@@ -98,6 +98,7 @@ def against_known(
     out: dict[str, float | None] = {
         "precision": hits / max(int(mask.sum()), 1),
         "recall": hits / max(int(truth.sum()), 1),
+        "f1": f1(mask[graph.mask], truth[graph.mask]),
     }
     if circuit.scores is not None:
         values = circuit.scores.values.abs() if layout is None else layout.largest(circuit.scores.values)

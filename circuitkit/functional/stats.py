@@ -79,6 +79,19 @@ def auroc(values: Float[Tensor, " item"], positive: Bool[Tensor, " item"]) -> fl
     return float((below + through).double().mean() / 2 / len(downs))
 
 
+def f1(chosen: Bool[Tensor, " item"], positive: Bool[Tensor, " item"]) -> float | None:
+    """Harmonic mean of precision and recall, 2 TP / (2 TP + FP + FN); None if nothing is chosen and nothing positive.
+
+    It is not the harmonic mean of the true positive rate and 1 - false positive rate: with few positive among many
+    items that stays near 1 however many wrong ones are chosen beside the right ones.
+
+    >>> f1(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
+    0.6666666666666666
+    """
+    both, either = int((chosen & positive).sum()), int(chosen.sum()) + int(positive.sum())
+    return 2 * both / either if either else None
+
+
 def roc_curve(
     values: Float[Tensor, " item"], positive: Bool[Tensor, " item"]
 ) -> tuple[list[float], list[float], list[float]] | None:
