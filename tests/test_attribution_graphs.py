@@ -394,8 +394,8 @@ def test_the_model_is_left_as_found_also_after_an_error():
 
 BAD = {
     "no dictionaries": (lambda: [], {}, "no dictionaries"),
-    "a layer that is not there": (lambda: [at("mlp-in", 7, random_coder(8), [Site("mlp-out", 7)])], {}, "2 layers"),
-    "another width": (lambda: [at("mlp-in", 0, random_coder(16), [Site("mlp-out", 0)])], {}, "16 wide"),
+    "no such layer": (lambda: [at("mlp-in", 7, random_coder(8), [Site("mlp-out", 7)])], {}, "layers 0 to 1"),
+    "another width": (lambda: [at("mlp-in", 0, random_coder(16), [Site("mlp-out", 0)])], {}, "16 numbers"),
     "a site of no kind known here": (lambda: [at("mlp-in", 0, random_coder(8))], {}, "mlp-in"),
     "another model's": (
         lambda: [Dictionary(random_coder(8), Site("mlp-in", 0), (Site("mlp-out", 0),), model="gpt2")], {}, "gpt2"),
@@ -421,6 +421,15 @@ def test_bad_input(what):
     make, options, message = BAD[what]
     with pytest.raises(OptionError, match=message):
         attribution_graph(tiny_model(), make(), tokens_of(tiny_model()), **options)
+
+
+def test_logits_behind_a_dictionary_of_the_last_stream_are_refused():
+    last = [at("resid-post", 1, random_coder(8))]
+    with pytest.raises(OptionError, match="stands for the last stream"):
+        attribution_graph(tiny_model(), last, tokens_of(tiny_model()), targets=[3])
+    index = int(local_model(tiny_model(), last, tokens_of(tiny_model())).active[0].nodes.index[-1])
+    graph = attribution_graph(tiny_model(), last, tokens_of(tiny_model()), targets=[Latent(last[0].read, -1, index)])
+    assert float(graph.remainder.abs().max()) < 1e-9
 
 
 def test_prompts_that_do_not_fit():
@@ -451,5 +460,5 @@ def test_models_that_cannot_be_taken_apart():
     model.wiring = replace(model.wiring, patterns=())
     with pytest.raises(UnsupportedModel, match="patterns"):
         attribution_graph(model, transcoders(8), tokens_of(model))
-    with pytest.raises(UnsupportedModel, match="made of transformers"):
-        attribution_graph(ck.load("toys/parity_gru_s0"), transcoders(8), torch.arange(3))
+    with pytest.raises(OptionError, match="it is recurrent and has"):
+        attribution_graph(ck.load("toys/parity_gru_s0"), transcoders(8), torch.ones(3, 1))

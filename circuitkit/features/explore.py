@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,8 @@ class Table:
 
 
 def _joined(reads: list[Reads]) -> Reads:
+    if len(reads) == 1:  # no copy of what may be gigabytes
+        return reads[0]
     parts = zip(*((r.positions, r.vectors, r.constants, r.values) for r in reads), strict=True)
     return Reads(reads[0].site, *(torch.cat(part) for part in parts))
 
@@ -105,7 +107,7 @@ def rows_of(local: LocalModel, table: Table, budget: int | None = None, out: Eff
         chunk = table.take(mask)
         effects[rows, : local.n_sources] = _sweep(local, chunk)
         totals[rows] = torch.cat([reads.values for reads in chunk.reads])
-    _check_sums(local, table, effects, totals)
+    check_sums(local, table, effects, totals)
     return Explored(table.numbers, effects, totals)
 
 
@@ -120,23 +122,28 @@ def _matrix(local: LocalModel, rows: int, columns: int) -> Effects:
 
 def _sweep(local: LocalModel, table: Table) -> Effects:
     found = push(local, table.reads) if prefer_push(local, table.reads) else pull(local, table.reads)
-    first = 0
-    for reads in table.reads:
-        if bool(reads.constants.any()):
-            found[first : first + len(reads), local.bias_column(reads.site)] += reads.constants
-        first += len(reads)
+    add_constants(local, table, found, torch.arange(len(found), device=found.device))
     return found
 
 
+def add_constants(local: LocalModel, table: Table, effects: Effects, rows: Int[Tensor, " target"]) -> None:
+    """Add the targets' own constants in the columns of their components' biases; each target has one of the rows."""
+    parts = rows.split([len(reads) for reads in table.reads])
+    for reads, some in zip(table.reads, parts, strict=True):
+        if bool(reads.constants.any()):
+            effects[some, local.bias_column(reads.site)] += reads.constants
+
+
 def rows_at_once(local: LocalModel, budget: int | None) -> int:
-    """How many targets one sweep takes: each needs the stream at all positions about eight times, and its row."""
+    """How many targets one sweep takes: each needs the stream at all positions, and its row."""
     x = local.values[local.final]
     widest = max(v.shape[1] for v in local.values.values())
-    each = x.element_size() * (8 * len(x) * widest + 2 * local.n_sources)
+    each = x.element_size() * (2 * len(x) * widest + 2 * local.n_sources)
     return max(1, (budget or BUDGET) // each)
 
 
-def _check_sums(local: LocalModel, table: Table, effects: Effects, totals: Tensor) -> None:
+def check_sums(local: LocalModel, table: Table, effects: Effects, totals: Tensor) -> None:
+    """Whether every row adds up to its target. Raises UnsupportedModel with both numbers of the worst."""
     sums = torch.cat([some.double().sum(1) for some in effects.split(256)])
     largest = torch.cat([some.abs().amax(1) for some in effects.split(256)]).double()
     gap = (sums - totals.double()).abs() / torch.maximum(totals.double().abs(), largest).clamp(min=1e-30)
@@ -174,6 +181,29 @@ def explore(
         only: which columns may be explored; None for all.
         budget: bytes that one sweep may take.
     """
+    asking = exploration(local, finals, numbers, weights, most=most, only=only)
+    request = next(asking)
+    while True:
+        try:
+            request = asking.send(rows_of(local, request[0], budget, request[1]))
+        except StopIteration as done:
+            found: Explored = done.value
+            return found
+
+
+Request = tuple[Table, Effects]
+
+
+def exploration(
+    local: LocalModel,
+    finals: Sequence[Reads],
+    numbers: Sequence[int],
+    weights: Float[Tensor, " final"],
+    *,
+    most: int | None,
+    only: Bool[Tensor, " source"] | None = None,
+) -> Generator[Request, Explored, Explored]:
+    """`explore` as a conversation: yields targets and where their rows go, takes the rows, and returns them all."""
     extra = [reads for reads, number in zip(finals, numbers, strict=True) if number >= local.n_sources]
     table = Table.of(local, extra)
     final = torch.isin(table.numbers, torch.tensor(list(numbers), device=table.numbers.device))
@@ -183,7 +213,7 @@ def explore(
     wanted &= ~final
     n_final, most = int(final.sum()), min(int(wanted.sum()), len(wanted) if most is None else most)
     effects = _matrix(local, n_final + most, local.n_sources + len(extra))
-    found = [rows_of(local, table.take(final), budget, effects[:n_final])]
+    found = [(yield table.take(final), effects[:n_final])]
     stages, worth = column_stages(local, len(extra)), effects.new_zeros(effects.shape[1])
     worth[torch.tensor(list(numbers), device=worth.device)] = weights.to(worth)
     done, rounds = n_final, 1 if most == int(wanted.sum()) else ROUNDS
@@ -196,7 +226,7 @@ def explore(
             rank = reach[table.numbers].masked_fill(~wanted, -1).argsort(descending=True, stable=True)
             chosen = torch.zeros_like(wanted)
             chosen[rank[:count]] = True
-        found.append(rows_of(local, table.take(chosen), budget, effects[done : done + count]))
+        found.append((yield table.take(chosen), effects[done : done + count]))
         wanted, done = wanted & ~chosen, done + count
     return Explored(torch.cat([part.numbers for part in found]), effects, torch.cat([part.totals for part in found]))
 

@@ -118,6 +118,52 @@ class FrozenAttention:
         return gathered.unflatten(-1, (len(x), width)).permute(2, 1, 0, 3).flatten(2)
 
 
+def gathered(
+    pattern: Float[Tensor, "head pos pos"], values: Float[Tensor, "pos all"], kv: int
+) -> Float[Tensor, "pos z"]:
+    """What heads gather of constants, joined."""
+    each = values.unflatten(-1, (kv, -1)).repeat_interleave(len(pattern) // kv, 1)
+    return torch.einsum("hqk,khe->qhe", pattern, each).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockAttention:
+    """The same for several prompts of equal length, one after the other, each of which sees itself only.
+
+    Args:
+        norm: before the value map.
+        value: each key/value head's map.
+        pattern: of each prompt.
+    """
+
+    norm: FrozenNorm
+    value: Float[Tensor, "kv d d_head"]
+    pattern: Float[Tensor, "prompt head pos pos"]
+
+    def pull(self, g: Rows) -> Rows:
+        """Gradients at the stream, from gradients at what heads gather."""
+        rows, (prompts, heads, n, _), (kv, _, width) = len(g), self.pattern.shape, self.value.shape
+        by_head = g.reshape(rows, prompts, n, heads, width).permute(1, 3, 2, 0, 4).reshape(prompts * heads, n, -1)
+        values = torch.bmm(self.pattern.flatten(0, 1).transpose(1, 2), by_head)
+        grouped = values.view(prompts, kv, -1, n, rows * width).sum(2).transpose(0, 1).flatten(1, 2)
+        return self.norm.pull(_joined(grouped, rows, self.value.transpose(1, 2)))
+
+    def pull_points(self, g: Points, positions: Positions, n: int) -> Rows:
+        """Gradients at the stream of rows with one position in each prompt; points of a row follow one another."""
+        (prompts, _, length, _), (kv, _, width) = self.pattern.shape, self.value.shape
+        by_group = g.unflatten(-1, (kv, -1, width))
+        at_stream = torch.einsum("rgme,gde->rgmd", by_group, self.value).flatten(1, 2)
+        patterns = self.pattern[positions // length, :, positions % length].transpose(1, 2)
+        return self.norm.pull(torch.bmm(patterns, at_stream).reshape(-1, prompts * length, self.value.shape[1]))
+
+    def push(self, x: Rows) -> Rows:
+        """What addends of the stream add to what heads gather."""
+        length = self.pattern.shape[-1]
+        parts = self.norm.push(x).split(length, 1)
+        plain = (FrozenAttention(FrozenNorm(None, None), self.value, pattern) for pattern in self.pattern)
+        return torch.cat([attention.push(part) for attention, part in zip(plain, parts, strict=True)], 1)
+
+
 def _joined(values: Tensor, rows: int, weight: Float[Tensor, "kv d_head d"]) -> Rows:
     """Sum over heads of values times each head's map, with one product."""
     together = values.unflatten(-1, (rows, -1)).permute(2, 1, 0, 3).flatten(2)

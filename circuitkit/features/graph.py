@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +27,8 @@ class FeatureNode:
 
     Args:
         name: unique; ``m3.f17@5`` is latent 17 of the dictionary at layer 3's MLP, at position 5.
-        kind: ``token``, ``position``, ``bias``, ``latent``, ``error``, ``logit`` or ``direction``.
+        kind: ``token``, ``position``, ``bias``, ``latent``, ``error``, ``unit`` (of a recurrent network, or a head on
+            a path); of what is explained ``logit``, ``direction``, ``score`` (of attention).
         layer: 0-based; -1 for tokens and positions, the number of layers for logits.
         site: the tensor that a latent or target reads, or that an error is written to.
         position: which, or None for a bias.
@@ -56,6 +59,9 @@ class FeatureGraph:
         weights: of each node, how much it counts as a final target; zero for all others.
         tokens: the prompt.
         model: name of the model.
+        texts: the text of each token of the prompt, if the model has a tokenizer.
+        target_tokens: the text of each token id that is explained, if the model has a tokenizer.
+        counts: in how many prompts each node is, if prompts have been merged (`circuitkit.features.merge`).
     """
 
     nodes: tuple[FeatureNode, ...]
@@ -65,6 +71,9 @@ class FeatureGraph:
     weights: Float[Tensor, " node"]
     tokens: Int[Tensor, " pos"]
     model: str = ""
+    texts: tuple[str, ...] = ()
+    counts: Int[Tensor, " node"] | None = None
+    target_tokens: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -119,6 +128,17 @@ class FeatureGraph:
     def _numbers(self) -> dict[str, int]:
         return {node.name: i for i, node in enumerate(self.nodes)}
 
+    def label(self, i: int) -> str:
+        """What a node is called, with the text of its token where that is known."""
+        node = self.nodes[i]
+        if node.kind in ("logit", "direction"):
+            ids = node.name.partition("@")[0].removeprefix("logits.").split("-")
+            texts = [repr(self.target_tokens[int(i)]) for i in ids if i.isdecimal() and int(i) in self.target_tokens]
+            return " - ".join(texts) if len(texts) == len(ids) else node.name
+        at = node.position
+        known = at is not None and at < len(self.texts) and len(self.texts) == len(self.tokens)
+        return f"{node.name} {self.texts[at]!r}" if known and at is not None else node.name
+
     def effect(self, source: str, target: str) -> float:
         """Direct effect of one node on another; 0 where there is no edge or the target has not been explored."""
         row = (self.targets == self.node(target)).nonzero().flatten()
@@ -138,17 +158,15 @@ class FeatureGraph:
             if not 0 < share <= 1:
                 raise OptionError(f"got {name} = {share}, expected a share above 0 and at most 1")
         always = self.kind("token") | (self.weights > 0)
-        kept = carrying(self.influence, nodes) | always
-        effects = self.effects * kept * kept[self.targets][:, None]
-        found = influence(effects, self.targets, self.stages, self.weights)
-        effects = effects * carrying(edge_shares(effects, self.targets, found, self.weights), edges)
-        return replace(self, effects=effects).part(kept & ~self._dangling(effects, kept, always) | always)
+        part = self.part(carrying(self.influence, nodes) | always)
+        shares = edge_shares(part.effects, part.targets, part.influence, part.weights)
+        part = replace(part, effects=part.effects * carrying(shares, edges))
+        always = part.kind("token") | (part.weights > 0)
+        return part.part(~part._dangling(always) | always)
 
-    def _dangling(
-        self, effects: Tensor, kept: Bool[Tensor, " node"], always: Bool[Tensor, " node"]
-    ) -> Bool[Tensor, " node"]:
-        roots, edges = self.kind(*ROOTS), effects != 0
-        dropped = ~kept
+    def _dangling(self, always: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:
+        roots, edges = self.kind(*ROOTS), self.effects != 0
+        dropped = torch.zeros_like(always)
         while True:
             live = ~dropped
             edges = edges & live & live[self.targets][:, None]
@@ -170,7 +188,27 @@ class FeatureGraph:
             effects=self.effects[rows][:, kept],
             totals=self.totals[rows],
             weights=self.weights[kept],
+            counts=None if self.counts is None else self.counts[kept],
         )
+
+    def to_html(self, path: str | Path, **options: Any) -> Path:
+        """Write one self-contained page (`circuitkit.viewer.feature_page.feature_page`); returns its path."""
+        from circuitkit.viewer.feature_page import write_feature_page
+
+        return write_feature_page(self, path, **options)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file that `load`, Neuronpedia and circuit-tracer read; a view goes with `write_graph_json`."""
+        from circuitkit.exporters.feature_graph import save_feature_graph
+
+        return save_feature_graph(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureGraph:
+        """Read what `save` wrote, or a graph file of another tool. Raises FormatError for any other file."""
+        from circuitkit.exporters.graph_json_read import read_graph_json
+
+        return read_graph_json(path).graph
 
     def to_networkx(self) -> networkx.DiGraph:
         """The graph with the fields of `FeatureNode` and ``influence`` on nodes, ``weight`` on edges."""

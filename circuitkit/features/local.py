@@ -54,12 +54,14 @@ class Writes:
         positions: of each vector, never falling.
         vectors: what is written, activations in it.
         shared: whether all vectors belong to the first column (a bias).
+        prompts: how many prompts lie one after the other; each has a shared column of its own.
     """
 
     first: int
     positions: Int[Tensor, " write"]
     vectors: Float[Tensor, "write d"]
     shared: bool = False
+    prompts: int = 1
 
     @cached_property
     def starts(self) -> list[int]:
@@ -81,6 +83,8 @@ class Writes:
         counts = torch.tensor(self.starts, device=self.vectors.device).diff()
         most = int(counts.max()) if len(counts) else 0
         order = torch.arange(len(self.positions), device=self.vectors.device)
+        if len(counts) and bool((counts == most).all()):  # as many at each, as of the k largest: no copy
+            return self.vectors.unflatten(0, (len(counts), most)), order
         place = self.positions * most + order - torch.tensor(self.starts, device=order.device)[self.positions]
         out = self.vectors.new_zeros(len(counts) * most, self.vectors.shape[1])
         out[place] = self.vectors
@@ -159,6 +163,8 @@ class LocalModel:
         values: the tensor at every site.
         logits: at every position, in float32 or better.
         causal: whether no position sees a later one.
+        prompts: how many prompts of equal length lie one after the other; each sees itself only, and a row of a sweep
+            has one target in each of them.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -168,6 +174,7 @@ class LocalModel:
     values: Mapping[Site, Float[Tensor, "pos _"]]
     logits: Float[Tensor, "pos vocab"]
     causal: bool = True
+    prompts: int = 1
 
     @property
     def n_sources(self) -> int:

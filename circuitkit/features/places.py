@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from circuitkit.dictionaries.base import Dictionary, Site
+from circuitkit.dictionaries.sites import check_fits
 from circuitkit.errors import OptionError, UnsupportedModel
 from circuitkit.features.local import same_site
 from circuitkit.models.hooked import Model
@@ -36,6 +40,23 @@ def check_model(model: Model) -> None:
         raise UnsupportedModel(f"the attention patterns of {model.name} cannot be reached, so they cannot be frozen")
 
 
+def check_prompts(model: Model, prompts: Sequence[Tensor]) -> None:
+    """Whether each prompt is a row of token ids that the model can read. Raises OptionError."""
+    for tokens in prompts:
+        if tokens.dim() != 1 or not 0 < len(tokens) <= model.n_ctx:
+            raise OptionError(
+                f"got tokens of shape {tuple(tokens.shape)}, expected one prompt of 1 to {model.n_ctx} tokens, the "
+                f"context of {model.name}"
+            )
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise OptionError(f"got tokens of {tokens.dtype}, expected token ids (int64)")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= model.d_vocab:
+            raise OptionError(
+                f"got token ids from {int(tokens.min())} to {int(tokens.max())}, {model.name} knows 0 to "
+                f"{model.d_vocab - 1}"
+            )
+
+
 def attention_sites(wiring: Wiring, layer: int) -> tuple[ReadSite, WriteSite] | None:
     """Where a layer's values are read and its heads write; None without attention."""
     nodes = wiring.graph.destination_nodes
@@ -63,7 +84,10 @@ def check_dictionaries(model: Model, dictionaries: Sequence[Dictionary]) -> None
         OptionError: naming the dictionary's site, its width, and what the model has there.
     """
     if not dictionaries:
-        raise OptionError("got no dictionaries, expected at least one; without latents a graph has no features")
+        raise OptionError(
+            "got no dictionaries, expected at least one: without latents a graph has no features. Small ones ship: "
+            "circuitkit list dictionaries, or circuitkit.dictionaries.zoo.dictionary_sets()"
+        )
     for dictionary in dictionaries:
         _check_place(model, dictionary)
     reads = Counter(same_site(d.read) for d in dictionaries)
@@ -76,8 +100,7 @@ def check_dictionaries(model: Model, dictionaries: Sequence[Dictionary]) -> None
 
 
 def _check_place(model: Model, dictionary: Dictionary) -> None:
-    wiring, coder = model.wiring, dictionary.coder
-    read = dictionary.read
+    wiring, read = model.wiring, dictionary.read
     wrong = [w for w in dictionary.writes if w.kind not in PAIRS.get(read.kind, ())]
     if read.kind not in PAIRS or wrong:
         raise OptionError(
@@ -87,33 +110,11 @@ def _check_place(model: Model, dictionary: Dictionary) -> None:
     early = [w for w in dictionary.writes if same_site(w).layer < same_site(read).layer]
     if early or (read.kind != "mlp-in" and same_site(dictionary.writes[0]) != same_site(read)):
         raise OptionError(f"got a dictionary from {read} to {dictionary.writes[0]}, which an SAE or CLT cannot have")
-    if coder.W_skip is not None and dictionary.writes[0] != Site("mlp-out", read.layer):
+    if dictionary.coder.W_skip is not None and dictionary.writes[0] != Site("mlp-out", read.layer):
         raise OptionError(f"got a skip connection from {read} to {dictionary.writes[0]}, expected the same layer's MLP")
-    if dictionary.model and dictionary.model != model.name:
+    heads = attention_sites(wiring, read.layer)
+    if read.kind in ("z", "attn-out") and (heads is None or heads[1].weight is None):
         raise OptionError(
-            f"got a dictionary that was trained on {dictionary.model!r}, and the model {model.name!r}; use the "
-            "model it was trained on, or clear its ``model`` if they are one and the same"
+            f"got a dictionary at {read}, and layer {read.layer} of {model.name} has no heads to take apart"
         )
-    for site, width in ((read, coder.d_in), *((w, coder.d_out) for w in dictionary.writes)):
-        here = _width(wiring, site)
-        if here is None:
-            raise OptionError(
-                f"got a dictionary at {site}, and {model.name} has {len(wiring.blocks)} layers (numbered from 0), none "
-                "of them with that site"
-            )
-        if width != here:
-            raise OptionError(f"got a dictionary that is {width} wide at {site}, where {model.name} is {here} wide")
-
-
-def _width(wiring: Wiring, site: Site) -> int | None:
-    """Numbers at each position of a site; None if the model has no such site."""
-    if not 0 <= site.layer < len(wiring.blocks):
-        return None
-    if site.kind in ("z", "attn-out"):
-        found = attention_sites(wiring, site.layer)
-        if found is None or found[1].weight is None:
-            return None
-        return found[1].n * found[1].weight.shape[1] if site.kind == "z" else wiring.width
-    if site.kind in ("mlp-in", "mlp-out"):
-        return None if mlp_sites(wiring, site.layer) is None else wiring.width
-    return wiring.width
+    check_fits(dictionary, model)

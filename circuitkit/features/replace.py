@@ -7,21 +7,22 @@ model's dtype; streams that come out elsewhere than the model's refuse the model
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from circuitkit.dictionaries.base import Dictionary, Site
 from circuitkit.dictionaries.sparse_coder import SparseCoder
 from circuitkit.errors import OptionError, UnsupportedModel
-from circuitkit.features.frozen import FrozenAttention, FrozenLinear, FrozenMap, FrozenNorm, Parallel
+from circuitkit.features.affine import in_dtype_of, slopes
+from circuitkit.features.frozen import FrozenAttention, FrozenLinear, FrozenMap, FrozenNorm, Parallel, gathered
 from circuitkit.features.gates import frozen_gates
 from circuitkit.features.inputs import position_vectors
 from circuitkit.features.local import Active, Component, LocalModel, Nodes, Reads, Stage, Step, Writes, owner, same_site
-from circuitkit.features.places import attention_sites, check_dictionaries, check_model, mlp_sites
+from circuitkit.features.places import attention_sites, check_dictionaries, check_model, check_prompts, mlp_sites
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.models.hooked import Model, Run
 from circuitkit.models.hooks import Hook, hooked, keeper
@@ -47,21 +48,32 @@ def local_model(
         OptionError: if a dictionary does not fit, no latent is active, or the prompt is empty or too long.
         UnsupportedModel: if the model cannot be taken apart, or an activation is not finite.
     """
+    return local_models(model, dictionaries, [tokens], frozen_mlps=frozen_mlps)[0]
+
+
+@torch.no_grad()
+def local_models(
+    model: Model, dictionaries: Sequence[Dictionary], prompts: Sequence[Int[Tensor, " _"]], *, frozen_mlps: bool = False
+) -> list[LocalModel]:
+    """Those of several prompts, from one pass of the model, shorter ones filled up; see `local_model`."""
     check_model(model)
     check_dictionaries(model, dictionaries)
-    if tokens.dim() != 1 or not 0 < len(tokens) <= model.n_ctx:
-        raise OptionError(
-            f"got tokens of shape {tuple(tokens.shape)}, expected one prompt of 1 to {model.n_ctx} tokens, the context "
-            f"of {model.name}"
-        )
+    check_prompts(model, prompts)
     patterns: dict[int, Tensor] = {}
     hooks: list[Hook] = [(port, keeper(patterns, i)) for i, port in enumerate(model.wiring.patterns)]
     with model.quiet(), hooked(hooks):
-        run = model.record(tokens[None])
-    positions = torch.arange(len(tokens), device=model.device)[None]
-    logits = model.logits(run.inputs[-1], positions)[0]
-    builder = _Builder(model, dictionaries, tokens.to(model.device), run, patterns, frozen_mlps)
-    return builder.build(logits)
+        run = model.record(pad_sequence(list(prompts), batch_first=True))
+    if len({len(tokens) for tokens in prompts}) > 1 and not _causal(patterns):  # what fills up would be seen
+        return [local_model(model, dictionaries, tokens, frozen_mlps=frozen_mlps) for tokens in prompts]
+    found = []
+    for i, tokens in enumerate(prompts):
+        n = len(tokens)
+        inputs, writes = (tuple(x[i : i + 1, :n] for x in parts) for parts in (run.inputs, run.writes))
+        logits = model.logits(inputs[-1], torch.arange(n, device=model.device)[None])[0]
+        own = {layer: pattern[i : i + 1, :, :n, :n] for layer, pattern in patterns.items()}
+        parts = Run(1, (), inputs, writes)
+        found.append(_Builder(model, dictionaries, tokens.to(model.device), parts, own, frozen_mlps).build(logits))
+    return found
 
 
 class _Builder:
@@ -107,10 +119,11 @@ class _Builder:
         active = tuple(self.active.values())
         if not any(len(a.nodes) for a in active):
             raise OptionError(
-                "none of the dictionaries has an active latent on this prompt; are they trained on this model, at "
+                f"none of the dictionaries has an active latent on the prompt of {len(self.tokens)} tokens that begins "
+                f"with {self.tokens[:8].tolist()}; are they trained on this model, at "
                 f"{', '.join(str(site) for site in self.dictionaries)}?"
             )
-        causal = not any(bool(pattern.triu(1).any()) for pattern in self.patterns.values())
+        causal = _causal(self.patterns)
         return LocalModel(self.tokens, tuple(steps), tuple(self.nodes), active, self.values, logits, causal)
 
     # ------------------------------------------------------------------------------------------------ sources
@@ -142,7 +155,7 @@ class _Builder:
         dictionary = self.dictionaries.get(site)
         if dictionary is None:
             return
-        coder = self.coders[site] = _as(dictionary.coder, value)
+        coder = self.coders[site] = in_dtype_of(dictionary.coder, value)
         latents = coder.encode(value)
         if not bool(torch.isfinite(latents).all()):
             raise OptionError(
@@ -151,7 +164,7 @@ class _Builder:
         positions, index = latents.nonzero(as_tuple=True)
         activations = latents[positions, index]
         nodes = self._new("latent", dictionary.read, positions, index, activations)
-        vectors, constants = _slopes(coder, index)
+        vectors, constants = slopes(coder, index)
         self.active[site] = Active(dictionary, nodes, Reads(site, positions, vectors, constants, activations))
 
     def _decoded(self, site: Site, value: Tensor) -> tuple[Writes, ...]:
@@ -200,7 +213,7 @@ class _Builder:
         constant = norm.bias(x)
         at_values = constant @ mix.value.transpose(0, 1).flatten(1)
         at_values = at_values if read.bias is None else at_values + read.bias.to(x).flatten()
-        z_bias = _gathered(pattern, at_values, read.n)
+        z_bias = gathered(pattern, at_values, read.n)
         z = mix.push(x[None])[0] + z_bias
         weight = heads.weight.detach().to(x).flatten(0, 1)
         made = z @ weight if heads.bias is None else z @ weight + heads.bias.to(x)
@@ -277,23 +290,5 @@ class _Builder:
             )
 
 
-def _gathered(pattern: Float[Tensor, "head pos pos"], values: Float[Tensor, "pos all"], kv: int) -> Tensor:
-    """What heads gather of constants, joined."""
-    each = values.unflatten(-1, (kv, -1)).repeat_interleave(len(pattern) // kv, 1)
-    return torch.einsum("hqk,khe->qhe", pattern, each).flatten(1)
-
-
-def _as(coder: SparseCoder, like: Tensor) -> SparseCoder:
-    """The coder in the dtype and on the device of a tensor, without a copy where it is so already."""
-    if coder.W_enc.dtype == like.dtype and coder.W_enc.device == like.device:
-        return coder
-    return copy.deepcopy(coder).to(like)
-
-
-def _slopes(coder: SparseCoder, index: Tensor) -> tuple[Float[Tensor, "target d"], Float[Tensor, " target"]]:
-    """Active latents as affine functions of what the dictionary reads: activation = x . vector + constant."""
-    vectors, constants = coder.W_enc.T[index], coder.b_enc[index]
-    if coder.r_mag is not None and coder.b_mag is not None:
-        factor = coder.r_mag.exp()[index]
-        vectors, constants = vectors * factor[:, None], coder.b_mag[index]
-    return vectors, constants - vectors @ coder.b_dec[0] if coder.subtract_b_dec else constants
+def _causal(patterns: Mapping[int, Tensor]) -> bool:
+    return not any(bool(pattern.triu(1).any()) for pattern in patterns.values())

@@ -20,10 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuitkit.features.frozen import FrozenAttention
+from circuitkit.features.frozen import BlockAttention, FrozenAttention
 from circuitkit.features.local import Component, LocalModel, Reads, Stage, Writes
 
 Effects = Float[Tensor, "target source"]
+ENTRIES = (2**26, 2**20)  # of the tensors of rows that pass a component together: on an accelerator, on a CPU
 
 
 def in_order(local: LocalModel, reads: Sequence[Reads]) -> list[Reads]:
@@ -45,17 +46,18 @@ def pull(local: LocalModel, reads: Sequence[Reads]) -> Effects:
 class _Pull:
     """Gradients at the stream, one row for each target; those that have joined come first.
 
-    Rows from ``fresh`` on have not passed attention since they joined: they are zero but at their own position, and
-    components pass them on as single vectors.
+    Rows from ``fresh`` on have not passed attention since they joined: they are zero but at their own position (one in
+    each prompt, where several are swept together), and components pass them on as single vectors.
     """
 
     def __init__(self, local: LocalModel, reads: Sequence[Reads]) -> None:
         self.local, self.reads = local, {r.site: r for r in reads}
         like = local.values[local.final]
-        rows = sum(len(r) for r in reads)
+        self.prompts = local.prompts
+        rows = sum(len(r) for r in reads) // self.prompts
         last = max((int(r.positions.max()) for r in reads if len(r)), default=0)
         self.n = 1 + last if local.causal else len(local.tokens)
-        self.positions = torch.cat([local.tokens[:0], *(r.positions for r in reads)])
+        self.positions = torch.cat([local.tokens[:0], *(r.positions for r in reads)]).view(-1, self.prompts)
         self.stream = like.new_zeros(rows, self.n, like.shape[1])
         self.out = like.new_zeros(rows, local.n_sources)
         self.joined = self.fresh = 0
@@ -65,11 +67,11 @@ class _Pull:
             if isinstance(step, Stage):
                 self._at_stream(step)
                 continue
-            above = self.joined
+            above, alone = self.joined, len(step) == 1
             # All components of a step read the gradients above it; what they hand down is added behind the last.
-            for add in [self._through(component, above) for component in reversed(step)]:
+            for add in [self._through(component, above, alone) for component in reversed(step)]:
                 add()
-            if any(isinstance(component[0].before, FrozenAttention) for component in step):
+            if any(isinstance(component[0].before, FrozenAttention | BlockAttention) for component in step):
                 self.fresh = self.joined
         return self.out
 
@@ -79,44 +81,80 @@ class _Pull:
             self.stream[: self.joined] = 0
             self.fresh = self.joined
         if reads := self.reads.get(stage.site):
-            rows = torch.arange(self.joined, self.joined + len(reads), device=self.out.device)
-            self.stream[rows, reads.positions] += reads.vectors
-            self.joined += len(reads)
+            rows = torch.arange(self.joined, self.joined + len(reads) // self.prompts, device=self.out.device)
+            self.stream[self._points(rows)] += reads.vectors
+            self.joined += len(rows)
         contract(stage.inner, self.stream[: self.joined], self.out[: self.joined])
 
-    def _through(self, component: Component, above: int) -> Callable[[], None]:
+    def _points(self, rows: Int[Tensor, " row"]) -> tuple[Int[Tensor, " point"], Int[Tensor, " point"]]:
+        """Row and position of every target of some rows."""
+        if self.prompts == 1:
+            return rows, self.positions[rows, 0]
+        return rows.repeat_interleave(self.prompts), self.positions[rows].flatten()
+
+    def _through(self, component: Component, above: int, alone: bool) -> Callable[[], None]:
         """Pass gradients down a component; the result adds to the stream what comes out below."""
-        old = self.stream[: self.fresh]
-        first, rows = self.fresh, torch.arange(self.fresh, above, device=self.out.device)
-        points: Tensor = self.stream[rows, self.positions[rows]]
-        for stage in reversed(component):
-            if stage.cut:
-                contract(stage.outer, old, self.out[: len(old)])
-                contract_points(stage.outer, points, self.positions[rows], self.out[first : first + len(rows)])
-                old, points, first, rows = old[:0], points[:0], self.joined, rows[:0]
-            if reads := self.reads.get(stage.site):
-                rows = torch.arange(first, self.joined + len(reads), device=rows.device)
-                # Rows of other components may lie between: they have nothing here.
-                gap = reads.vectors.new_zeros(self.joined - first - len(points), reads.vectors.shape[1])
-                points = torch.cat([part for part in (points, gap, reads.vectors) if len(part)])
-                self.joined += len(reads)
-            contract(stage.inner, old, self.out[: len(old)])
-            contract_points(stage.inner, points, self.positions[rows], self.out[first : first + len(rows)])
-            if stage.before is None:
-                old, points, first, rows = old[:0], points[:0], self.joined, rows[:0]
-                continue
-            old = stage.before.pull(old) if len(old) else old
-            points = stage.before.pull_points(points, self.positions[rows], self.n) if len(rows) else points
+        some = self._groups(torch.arange(self.fresh, device=self.out.device))
+        # Alone, a component may add to rows as it goes; beside another, not before that has read them.
+        old = [] if alone else [(rows, self._down(component, rows)) for rows in some]
+        points, rows = self._points_through(component, above)
+        first = component[0].before
 
         def add() -> None:
-            if len(old):
-                self.stream[: len(old)] += old
-            if len(rows) and points.dim() == 3:
-                self.stream[rows] += points
-            elif len(rows):
-                self.stream[rows, self.positions[rows]] += points
+            for group, pulled in ((r, self._down(component, r)) for r in some) if alone else old:
+                if pulled is not None:
+                    self.stream[group] += pulled
+            for group in self._groups(rows) if first is not None else ():
+                each = self._points(group)
+                part = points[(group[0] - rows[0]) * self.prompts :][: len(each[0])]
+                pulled = first.pull_points(part, each[1], self.n)  # type: ignore[union-attr]
+                self.stream[group if pulled.dim() == 3 else each] += pulled
 
         return add
+
+    def _groups(self, rows: Int[Tensor, " row"]) -> tuple[Int[Tensor, " some"], ...]:
+        """As many rows together as make tensors of a few megabytes: more would not be faster, and take memory."""
+        widest = max(value.shape[1] for value in self.local.values.values())
+        at_once = ENTRIES[self.out.device.type == "cpu"] // (self.n * widest)
+        return rows.split(max(1, at_once)) if len(rows) else ()
+
+    def _down(self, component: Component, rows: Int[Tensor, " row"]) -> Tensor | None:
+        """Gradients of rows that are spread over positions, behind a component; None if nothing comes through."""
+        out, g = self.out[rows[0] : rows[-1] + 1], self.stream[rows[0] : rows[-1] + 1]
+        for stage in reversed(component):
+            if stage.cut:
+                contract(stage.outer, g, out)
+                return None
+            contract(stage.inner, g, out)
+            if stage.before is None:
+                return None
+            g = stage.before.pull(g)
+        return g
+
+    def _points_through(self, component: Component, above: int) -> tuple[Tensor, Int[Tensor, " row"]]:
+        """Gradients of rows that are zero but at one position, above the lowest map of a component, and which rows.
+
+        Targets inside the component join them.
+        """
+        first, rows = self.fresh, torch.arange(self.fresh, above, device=self.out.device)
+        points: Tensor = self.stream[self._points(rows)]
+        for i, stage in reversed(list(enumerate(component))):
+            if stage.cut:
+                contract_points(stage.outer, points, self._points(rows)[1], self.out[first : first + len(rows)])
+                points, first, rows = points[:0], self.joined, rows[:0]
+            if reads := self.reads.get(stage.site):
+                # Rows of other components may lie between: they have nothing here.
+                between = (self.joined - first) * self.prompts - len(points)
+                gap = reads.vectors.new_zeros(between, reads.vectors.shape[1])
+                points = torch.cat([part for part in (points, gap, reads.vectors) if len(part)])
+                self.joined += len(reads) // self.prompts
+                rows = torch.arange(first, self.joined, device=rows.device)
+            contract_points(stage.inner, points, self._points(rows)[1], self.out[first : first + len(rows)])
+            if stage.before is None:
+                points, first, rows = points[:0], self.joined, rows[:0]
+            elif i and len(rows):
+                points = stage.before.pull_points(points, self._points(rows)[1], self.n)
+        return points, rows
 
 
 def contract(writes: Sequence[Writes], g: Float[Tensor, "row pos d"], out: Float[Tensor, "row source"]) -> None:
@@ -130,18 +168,19 @@ def contract(writes: Sequence[Writes], g: Float[Tensor, "row pos d"], out: Float
         products = torch.bmm(g.transpose(0, 1)[: len(padded)], padded[:n].transpose(1, 2))
         flat = products.transpose(0, 1).flatten(1)
         if write.shared:
-            out[:, write.first] += flat.sum(1)
+            out[:, write.first : write.first + write.prompts] += flat.unflatten(1, (write.prompts, -1)).sum(-1)
         else:
             out[:, write.first : write.first + count] += flat[:, place[:count]]
 
 
 def contract_points(
     writes: Sequence[Writes],
-    g: Float[Tensor, "row d"],
-    positions: Int[Tensor, " row"],
+    g: Float[Tensor, "point d"],
+    positions: Int[Tensor, " point"],
     out: Float[Tensor, "row source"],
 ) -> None:
-    """The same of gradients that are zero but at one position each."""
+    """The same of gradients that are zero but at one position each, or at one in each prompt."""
+    each = len(g) // max(len(out), 1)
     for write in writes if len(g) else ():
         padded, _ = write.padded
         starts = torch.tensor(write.starts, device=g.device)
@@ -150,12 +189,12 @@ def contract_points(
             at = positions[some]
             products = torch.bmm(padded[at], g[some][..., None])[..., 0]
             if write.shared:
-                out[some, write.first] += products.sum(1)
+                out[some // each, write.first + at * write.prompts // len(padded)] += products.sum(1)
                 continue
             slot = torch.arange(products.shape[1], device=g.device)
             real = slot < (starts[at + 1] - starts[at])[:, None]
             columns = write.first + starts[at][:, None] + slot
-            out[some[:, None].expand_as(columns)[real], columns[real]] += products[real]
+            out[(some // each)[:, None].expand_as(columns)[real], columns[real]] += products[real]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What an attribution graph explains: logits, any direction, or a latent, as vectors that read one site."""
+"""What an attribution graph explains: logits, a direction, a latent or an attention score, as vectors at one site."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from circuitkit.dictionaries.base import Site
 from circuitkit.errors import OptionError, UnsupportedModel
 from circuitkit.features.frozen import FrozenNorm
 from circuitkit.features.inputs import soft_cap, unembedding
-from circuitkit.features.local import LocalModel, Reads, same_site
+from circuitkit.features.local import LocalModel, Reads, Stage, same_site
 from circuitkit.features.replace import ROUNDING
+from circuitkit.features.scores import frozen_score, with_score_sites
 from circuitkit.functional.norms import at_least_float32
 from circuitkit.models.hooked import Model
 
@@ -55,7 +56,30 @@ class Latent:
     index: int
 
 
-Target = int | Direction | Latent
+@dataclass(frozen=True)
+class AttentionScore:
+    """What a head's query and key at two positions come to before the softmax, as two rows that add up to it.
+
+    One row explains the score by what the query's position holds, the key being that of the run; the other by what the
+    key's position holds, the query being that of the run. A soft cap, and what is added whatever query and key are
+    (ALiBi), come behind this. Reference: He et al. 2024, arXiv:2402.12201.
+
+    Args:
+        layer: of the head.
+        head: number of the query head.
+        query: position; negative counts from the end.
+        key: position; None for the most attended one.
+        weight: how much each of the two rows counts in influence.
+    """
+
+    layer: int
+    head: int
+    query: int = -1
+    key: int | None = None
+    weight: float = 1.0
+
+
+Target = int | Direction | Latent | AttentionScore
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +87,8 @@ class Final:
     """One target with its row's vector.
 
     Args:
-        kind: ``logit``, ``direction`` or ``latent``.
-        label: a token id or the direction's own label.
+        kind: ``logit``, ``direction``, ``latent`` or ``score``.
+        label: a token id, the direction's own label, or the score's head, positions and side.
         weight: its share of influence.
         reads: the vector, as a group of one.
         index: token id or number of the latent, or -1.
@@ -75,6 +99,12 @@ class Final:
     weight: float
     reads: Reads
     index: int
+
+
+def with_places(local: LocalModel, targets: Sequence[Target] | None) -> LocalModel:
+    """The local model with a place for every target: scores read the stream as attention does."""
+    layers = {target.layer for target in targets or () if isinstance(target, AttentionScore)}
+    return with_score_sites(local, layers) if layers else local
 
 
 @torch.no_grad()
@@ -92,13 +122,27 @@ def final_targets(model: Model, local: LocalModel, targets: Sequence[Target] | N
         count = min(int((chosen.values.cumsum(0) < MASS).sum()) + 1, MOST_LOGITS, len(chosen.values))
         targets = chosen.indices[:count].tolist()
     if not targets:
-        raise OptionError("got no targets, expected token ids, a Direction or a Latent, or None for the top logits")
-    tokens = [t for t in targets if isinstance(t, int)]
+        raise OptionError(
+            "got no targets, expected token ids, a Direction, a Latent or an AttentionScore, or None for the top logits"
+        )
+    tokens = [t for t in targets if type(t) is int]
     logits = dict(zip(tokens, _logits(model, local, tokens), strict=True)) if tokens else {}
-    return [logits[t] if isinstance(t, int) else _other(local, t) for t in targets]
+    found: list[Final] = []
+    for t in targets:
+        if isinstance(t, AttentionScore):
+            found += _score(model, local, t)
+        else:
+            found.append(logits[t] if type(t) is int else _other(local, t))  # type: ignore[arg-type]
+    return found
 
 
 def _logits(model: Model, local: LocalModel, tokens: Sequence[int]) -> list[Final]:
+    last_stage = local.steps[-1]
+    if isinstance(last_stage, Stage) and last_stage.cut:
+        raise OptionError(
+            f"got logits as targets and a dictionary that stands for the last stream, {local.final}: what it writes "
+            "reaches logits only, and would not be in the graph; leave it out, or name a Latent of it as target"
+        )
     x = local.values[local.final]
     weight, bias = (t.to(x) for t in unembedding(model))
     norm = model.wiring.final_norm
@@ -139,6 +183,11 @@ def _check_logits(model: Model, own: Tensor, theirs: Tensor) -> None:
 
 
 def _other(local: LocalModel, target: Direction | Latent) -> Final:
+    if not isinstance(target, Direction | Latent):
+        raise OptionError(
+            f"got {target!r} as a target, expected a token id (an int), a text, a Contrast, a Direction, a Latent or "
+            "an AttentionScore"
+        )
     site = same_site(target.site)
     if site not in local.values:
         raise OptionError(f"got a target at {target.site}, which this model does not have")
@@ -151,10 +200,22 @@ def _other(local: LocalModel, target: Direction | Latent) -> Final:
     if tuple(target.vector.shape) != (x.shape[1],):
         raise OptionError(f"got a direction of shape {tuple(target.vector.shape)} at {site}, expected ({x.shape[1]},)")
     vector = target.vector.to(x)
+    if not bool(vector.any()) or not bool(vector.isfinite().all()):
+        raise OptionError(f"got the direction {target.label!r} at {site}, which is zero or not finite")
     reads = Reads(
         site, torch.tensor([position], device=x.device), vector[None], x.new_zeros(1), (x[position] @ vector)[None]
     )
     return Final("direction", target.label, target.weight, reads, -1)
+
+
+def _score(model: Model, local: LocalModel, target: AttentionScore) -> list[Final]:
+    score = frozen_score(model, local, target.layer, target.head, target.query, target.key)
+    stem = f"score.a{score.layer}.h{score.head}[{score.query.position},{score.key.position}]"
+    sides = (
+        (f"{stem}<q>", score.query.reads(score.site, (score.form @ score.key.value)[None])),
+        (f"{stem}<k>", score.key.reads(score.site, (score.query.value @ score.form)[None])),
+    )
+    return [Final("score", label, target.weight, reads, -1) for label, reads in sides]
 
 
 def _latent(local: LocalModel, target: Latent, position: int) -> Final:
