@@ -22,6 +22,7 @@ from circuitkit.exporters.graph_json import View, stable_scan, write_graph_index
 from circuitkit.exporters.graph_json_read import graph_from_json, read_graph_json
 from circuitkit.exporters.graph_json_schema import check_graph_json, paired, unpaired
 from circuitkit.features.attribution import attribution_graph
+from circuitkit.features.graph import FeatureGraph, FeatureNode
 from circuitkit.features.targets import Direction
 from circuitkit.functional.text import visible
 from circuitkit.testing import tiny_model
@@ -173,6 +174,72 @@ def test_traps_of_viewers(graphs, name, tmp_path):
                 node["ctx_idx"],
             )
             assert node["circuitkit"]["index"] == index
+
+
+def node(name, kind, layer, site, position, index=None, stage=1):
+    return FeatureNode(name, kind, layer, site, position, index, 0.5, stage)
+
+
+CROWD = (
+    # Two writes of one recurrent layer, several channels, start and bias, what came before, and an attention score.
+    node("x0@0", "token", -1, "state.x", 0, stage=0), node("x1@0", "token", -1, "state.x", 0, stage=0),
+    node("l0.bias", "bias", 0, "l0", None, stage=0), node("l0.h.start", "bias", 0, "state.l0.h", None, stage=0),
+    node("l0.h.error@0", "error", 0, "state.l0.h", 0), node("l0.h.before@0", "error", 0, "state.l0.h", 0),
+    node("l0.h.f5@0", "latent", 0, "state.l0.h", 0, 5), node("l0.c.f5@0", "latent", 0, "state.l0.c", 0, 5),
+    node("l0.h5@0", "unit", 0, "state.l0.h", 0, 5), node("l0.c5@0", "unit", 0, "state.l0.c", 0, 5),
+    node("l0.c5@1", "unit", 0, "state.l0.c", 1, 5, 2), node("a0.h1@1", "unit", 0, "z.0", 1, None, 2),
+    node("m0.f5", "latent", 0, "mlp-in.0", None, 5),
+    node("score.a1.h3[1,0]@1", "score", 1, "resid-pre.1", 1, 5, 9),
+    node("up@1", "direction", 1, "resid-pre.1", 1, None, 9),
+    node("logits.5@1", "logit", 1, "resid-pre.1", 1, 5, 9),
+)  # fmt: skip
+
+
+def crowd(nodes=CROWD, tokens=2):
+    finals = [i for i, n in enumerate(nodes) if n.stage == 9]
+    effects = torch.ones(len(finals), len(nodes)) * torch.tensor([n.stage < 9 for n in nodes])
+    weights = torch.tensor([float(n.stage == 9) for n in nodes], dtype=torch.float64)
+    return FeatureGraph(
+        tuple(nodes), torch.tensor(finals), effects, effects.sum(1), weights, torch.arange(tokens),
+        counts=torch.arange(len(nodes)),
+    )  # fmt: skip
+
+
+def test_all_kinds_side_by_side(tmp_path):
+    graph = crowd()
+    path, data = written(graph, tmp_path, prompt="a b", prompt_tokens=["a", "b"])
+    jsonschema.Draft7Validator(RULES).validate(data)
+    assert {n["feature_type"] for n in data["nodes"]} <= TYPES
+    assert all(len(nodes) == 1 for nodes in neuronpedia(data).values())
+    for n in data["nodes"]:
+        if n["feature_type"] in ("cross layer transcoder", "lorsa"):
+            row, index, _ = map(int, n["node_id"].split("_"))
+            assert unpaired(n["feature"]) == (row, index) and n["feature"] < 2**53
+    said = {n["circuitkit"]["kind"]: n["clerp"] for n in data["nodes"]}  # a logit's probability, others' weights
+    assert said["logit"].endswith("(p=0.500)") and said["direction"].endswith("(p=1.000)")
+    same_unit = [n["feature"] for n in data["nodes"] if n["circuitkit"]["name"].startswith("l0.c5@")]
+    assert len(same_unit) == 2 and len(set(same_unit)) == 1
+    back = read_graph_json(path).graph
+    same(graph, back)
+    assert torch.equal(back.counts, graph.counts)
+
+
+def test_graphs_of_no_one_prompt(tmp_path):
+    nodes = [replace(n, name=n.name.partition("@")[0], position=None) for n in CROWD]
+    graph = crowd([n for i, n in enumerate(nodes) if n.name not in [m.name for m in nodes[:i]]], tokens=0)
+    path, data = written(graph, tmp_path, prompt="", prompt_tokens=[])
+    jsonschema.Draft7Validator(RULES).validate(data)
+    back = read_graph_json(path)
+    same(graph, back.graph)
+    said = {n["circuitkit"]["kind"]: n["clerp"] for n in data["nodes"]}
+    assert said["error"] == "Err: resid" and said["token"] == 'Emb: "x1"'
+    assert data["metadata"]["prompt_tokens"] == ["any"] and back.prompt_tokens == ()
+
+
+def test_unknown_kinds(tmp_path):
+    with pytest.raises(FormatError, match=r"m9 is of kind 'wormhole', and a graph file holds token, .*, score"):
+        written(crowd((*CROWD[:-1], node("m9", "wormhole", 0, "mlp-in.0", 0), CROWD[-1])), tmp_path,
+                prompt="a b", prompt_tokens=["a", "b"])  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import torch
 import circuitkit.viewer.page as viewer
 from circuitkit.circuit import Circuit
 from circuitkit.graph import Graph, Node, chain_graph
+from circuitkit.viewer.document import source_hash
 from circuitkit.viewer.page import embed, page, page_data, write_page
 from tests.toys_graph import circuit_on, recurrent_graph, transformer_graph
 
@@ -85,7 +86,7 @@ def test_the_policy_allows_the_scripts_of_the_page_and_no_other():
     scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
     assert len(scripts) == 2
     for script in scripts:
-        assert viewer._source_hash(script) in policy
+        assert source_hash(script) in policy
 
 
 def test_labels_are_inert():

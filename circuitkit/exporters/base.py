@@ -11,6 +11,7 @@ from pathlib import Path
 from circuitkit.atomic import write_atomic
 from circuitkit.circuit import Circuit
 from circuitkit.errors import FormatError
+from circuitkit.features.graph import FeatureGraph
 from circuitkit.registry import Registry
 
 Exporter = Callable[[Circuit], str | bytes]
@@ -31,8 +32,10 @@ def exporter(name: str, *suffixes: str) -> Callable[[Exporter], Exporter]:
     return register
 
 
-def export(circuit: Circuit, path: str | Path, *, format: str | None = None) -> Path:
+def export(circuit: Circuit | FeatureGraph, path: str | Path, *, format: str | None = None) -> Path:
     """Write a circuit for another tool; the format follows from the end of the file's name, the longest match first.
+
+    A feature graph is written by `circuitkit.exporters.feature_graph.export_feature_graph`.
 
     Raises:
         UnknownName: if ``format`` is not registered.
@@ -45,6 +48,10 @@ def export(circuit: Circuit, path: str | Path, *, format: str | None = None) -> 
     ...     export(circuit, Path(folder) / "chain.graphml").name
     'chain.graphml'
     """
+    if isinstance(circuit, FeatureGraph):
+        from circuitkit.exporters.feature_graph import export_feature_graph
+
+        return export_feature_graph(circuit, path, format=format)
     write = EXPORTERS[format or format_of(path)]
     return write_atomic(path, write(circuit))
 

@@ -29,8 +29,8 @@ def write_graph_json(
     *,
     slug: str,
     scan: str | Sequence[str],
-    prompt: str,
-    prompt_tokens: Sequence[str],
+    prompt: str | None = None,
+    prompt_tokens: Sequence[str] | None = None,
     target_tokens: Mapping[int, str] | None = None,
     view: View | None = None,
     node_threshold: float | None = None,
@@ -47,9 +47,11 @@ def write_graph_json(
         path: the file.
         slug: name of the graph, of letters, digits, ``.``, ``_`` and ``-``.
         scan: what viewers know the model by, such as ``gemma-2-2b``; or names of dictionaries, to be made a name of.
-        prompt: as text.
-        prompt_tokens: the text of each token; characters that files cannot hold are made visible, as in labels.
-        target_tokens: the text of each token id that is explained; ids stand for those that are missing.
+        prompt: as text; the graph's own if None.
+        prompt_tokens: the text of each token, the graph's own if None; characters that files cannot hold are made
+            visible, as in labels.
+        target_tokens: the text of each token id that is explained, the graph's own if None; ids stand for those that
+            are missing.
         view: pins, groups and labels.
         node_threshold: where viewers' slider starts; everything is shown if None.
         source_set: Neuronpedia's name of the dictionaries, where it has pages of their features.
@@ -58,17 +60,43 @@ def write_graph_json(
         OptionError: if the slug, tokens, pins or threshold do not fit.
         FormatError: if a number is not finite, two nodes would share an id, or the file cannot be written.
     """
+    draft, content = draft_of(
+        graph, slug=slug, scan=scan, prompt=prompt, prompt_tokens=prompt_tokens, target_tokens=target_tokens,
+        view=view, node_threshold=node_threshold, source_set=source_set,
+    )  # fmt: skip
+    if not draft.inner:
+        raise FormatError("the graph has tokens and targets only, and viewers refuse that; keep more when pruning")
+    return write_atomic(path, to_json({**content, "links": list(draft.links())}))
+
+
+def draft_of(
+    graph: FeatureGraph,
+    *,
+    slug: str,
+    scan: str | Sequence[str],
+    prompt: str | None = None,
+    prompt_tokens: Sequence[str] | None = None,
+    target_tokens: Mapping[int, str] | None = None,
+    view: View | None = None,
+    node_threshold: float | None = None,
+    source_set: str | None = None,
+) -> tuple[Draft, dict[str, Any]]:
+    """What `write_graph_json` writes, all but the links, which the draft has; arguments and errors are the same."""
     if not re.fullmatch(r"\w[\w.-]*", slug, re.ASCII):
         raise OptionError(f"got slug {slug[:80]!r}, expected letters, digits, '.', '_' and '-' only: it names a file")
+    if prompt_tokens is None:
+        prompt_tokens = graph.texts or tuple(str(i) for i in range(len(graph.tokens)))
+    prompt = "".join(graph.texts) if prompt is None else prompt
     if len(prompt_tokens) != len(graph.tokens):
         raise OptionError(f"got {len(prompt_tokens)} texts of tokens for a graph of {len(graph.tokens)} tokens")
     if node_threshold is not None and not 0 < node_threshold <= 1:
         raise OptionError(f"got node_threshold = {node_threshold}, expected a share above 0 and at most 1, or None")
-    draft = Draft(graph, tuple(visible(text) for text in prompt_tokens), dict(target_tokens or {}), view or View())
+    said = dict(graph.target_tokens if target_tokens is None else target_tokens)
+    draft = Draft(graph, tuple(visible(text) for text in prompt_tokens), said, view or View())
     metadata = {
         "slug": slug,
         **_scan(scan),
-        "prompt_tokens": list(draft.tokens),
+        "prompt_tokens": list(draft.tokens) or ["any"],  # viewers want one
         "prompt": "".join(c if c in "\n\t" else visible(c) for c in prompt),
         "schema_version": 1,
         "info": {"generator": {"name": "circuitkit"}},
@@ -78,13 +106,12 @@ def write_graph_json(
             "schema": schema_name("feature-graph"),
             "model": graph.model,
             "tokens": graph.tokens.tolist(),
+            "texts": [visible(text) for text in graph.texts],
+            "target_tokens": {str(i): visible(text) for i, text in graph.target_tokens.items()},
             "dtype": str(graph.effects.dtype).removeprefix("torch."),
         },
     }
-    state = draft.view_state()
-    return write_atomic(
-        path, to_json({"metadata": metadata, "qParams": state, "nodes": draft.rows, "links": list(draft.links())})
-    )
+    return draft, {"metadata": metadata, "qParams": draft.view_state(), "nodes": draft.rows}
 
 
 def write_graph_index(folder: str | Path) -> Path:

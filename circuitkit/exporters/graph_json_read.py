@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from circuitkit.features.graph import FeatureGraph, FeatureNode
 from circuitkit.schema import check_schema, parse_json
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
-_KINDS = ("token", "position", "bias", "latent", "error", "logit", "direction")
+_KINDS = ("token", "position", "bias", "latent", "unit", "error", "logit", "direction", "score")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +76,16 @@ def graph_from_json(text: str, where: str = "the text") -> GraphFile:
     if own is not None:
         check_schema(own.get("schema"), "feature-graph", where)
     order, nodes = _nodes(file, where)
-    graph = _graph(file, order, nodes, own or {}, where)
+    graph = replace(
+        _graph(file, order, nodes, own or {}, where), target_tokens=_target_tokens(file, order, nodes, own or {}, where)
+    )
     names = {file.nodes[i].node_id: node.name for i, node in zip(order, nodes, strict=True)}
     return GraphFile(
         graph=graph,
         slug=file.metadata.slug,
         scan=file.metadata.scan,
         prompt=file.metadata.prompt,
-        prompt_tokens=tuple(file.metadata.prompt_tokens),
+        prompt_tokens=tuple(file.metadata.prompt_tokens) if len(graph.tokens) else (),
         view=_view(file, names),
         ids={name: node_id for node_id, name in names.items()},
         node_threshold=file.metadata.node_threshold,
@@ -124,7 +126,7 @@ def _stages(file: GraphJson, where: str) -> dict[str, int]:
 def _restored(node: Node, own: Own, where: str) -> FeatureNode:
     if own.kind not in _KINDS:
         raise FormatError(f"{where}: node {own.name[:80]!r} is of kind {own.kind[:40]!r}, expected {', '.join(_KINDS)}")
-    position = None if own.kind == "bias" else node.ctx_idx
+    position = None if own.kind == "bias" or own.anywhere else node.ctx_idx
     return FeatureNode(own.name, own.kind, own.layer, own.site, position, own.index, own.value, own.stage)
 
 
@@ -200,7 +202,23 @@ def _graph(
         weights=torch.tensor(weights, dtype=torch.float64),
         tokens=_tokens(file, nodes, own, where),
         model=str(own.get("model", file.metadata.scan)),
+        texts=_texts(file, own, where),
+        counts=_counts(ordered),
     )
+
+
+def _texts(file: GraphJson, own: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Of the tokens; a file of another tool has them as the prompt's."""
+    texts = own.get("texts", [] if own else file.metadata.prompt_tokens)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise FormatError(f"{where} has texts of tokens that are no texts; write it again")
+    return tuple(texts) if len(texts) == len(file.metadata.prompt_tokens) else ()
+
+
+def _counts(ordered: list[Node]) -> Tensor | None:
+    found = [None if node.circuitkit is None else node.circuitkit.count for node in ordered]
+    known = [count for count in found if count is not None]
+    return torch.tensor(known, dtype=torch.long) if known and len(known) == len(found) else None
 
 
 def _totals(ordered: list[Node], targets: list[int], effects: Tensor) -> Tensor:
@@ -215,6 +233,8 @@ def _totals(ordered: list[Node], targets: list[int], effects: Tensor) -> Tensor:
 def _tokens(file: GraphJson, nodes: list[FeatureNode], own: Mapping[str, Any], where: str) -> Tensor:
     n = len(file.metadata.prompt_tokens)
     known = own.get("tokens")
+    if known == []:  # a graph of no one prompt; viewers want a token all the same
+        return torch.zeros(0, dtype=torch.long)
     if known is not None:
         if not isinstance(known, list) or len(known) != n or not all(type(t) is int and abs(t) < 2**53 for t in known):
             raise FormatError(f"{where} has {n} tokens, and ids that do not fit them; write it again")
@@ -224,6 +244,18 @@ def _tokens(file: GraphJson, nodes: list[FeatureNode], own: Mapping[str, Any], w
         if node.kind == "token" and node.index is not None and node.position is not None:
             tokens[node.position] = node.index
     return tokens
+
+
+def _target_tokens(
+    file: GraphJson, order: list[int], nodes: list[FeatureNode], own: Mapping[str, Any], where: str
+) -> dict[int, str]:
+    """As the graph had them; from labels such as ``Output "tok" (p=0.123)`` where it says nothing."""
+    said = ((node, re.match(r'Output "(.*)" \(p=', file.nodes[i].clerp)) for i, node in zip(order, nodes, strict=True))
+    found = {node.index: text[1] for node, text in said if node.kind == "logit" and node.index is not None and text}
+    kept = own.get("target_tokens", {})
+    if not isinstance(kept, dict) or not all(i.isdecimal() and isinstance(text, str) for i, text in kept.items()):
+        raise FormatError(f"{where} has texts of explained tokens that are no texts; write it again")
+    return found | {int(i): text for i, text in kept.items()}
 
 
 def _view(file: GraphJson, names: Mapping[str, str]) -> View:

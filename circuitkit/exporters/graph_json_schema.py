@@ -62,6 +62,8 @@ class Own(_Open):
     row: _Whole | None = None
     total: _Finite | None = None
     label: str | None = None
+    anywhere: bool = False
+    count: _Whole | None = None
 
 
 class Node(_Open):

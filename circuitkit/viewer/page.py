@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,9 @@ from typing import Any
 from circuitkit.atomic import write_atomic
 from circuitkit.circuit import Circuit
 from circuitkit.drawing import KIND_NAMES, PALETTE, Drawing, draw, effect_names, inner_name, visible
-from circuitkit.schema import jsonable
+from circuitkit.viewer.document import filled, inert_json, source_hash, text_of
 
 FIRST_EDGES = 2000
-_HERE = Path(__file__).parent
 
 
 def write_page(circuit: Circuit, path: str | Path) -> Path:
@@ -48,17 +44,12 @@ def page(circuit: Circuit) -> str:
     parts = {
         "policy": _policy(),
         "title": html.escape(f"circuit: {data['title']}"),
-        "style": _text("page.css"),
-        "data": _inert_json(data),
+        "style": text_of("page.css"),
+        "data": inert_json(data),
         "library": _library(),
-        "script": _text("page.js"),
+        "script": text_of("page.js"),
     }
-    pieces = _text("page.html").split("{{")
-    filled = [pieces[0]]
-    for piece in pieces[1:]:
-        name, _, rest = piece.partition("}}")
-        filled += [parts[name], rest]
-    return "".join(filled)
+    return filled(text_of("page.html"), parts)
 
 
 def page_data(circuit: Circuit) -> dict[str, Any]:
@@ -142,31 +133,16 @@ def _layers(drawing: Drawing) -> list[tuple[str, float, list[int]]]:
     return [(text, height, boxes) for (text, height), boxes in zip(drawing.layers, members, strict=True)]
 
 
-def _inert_json(data: Any) -> str:
-    """JSON that cannot end a script block or be read as markup."""
-    text = json.dumps(jsonable(data), allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
 def _policy() -> str:
     """Only the three scripts and styles of this page run, known by their hashes; nothing is ever fetched."""
-    scripts = " ".join(_source_hash(text) for text in (_library(), _text("page.js")))
+    scripts = " ".join(source_hash(text) for text in (_library(), text_of("page.js")))
     return (
-        f"default-src 'none'; script-src {scripts}; style-src {_source_hash(_text('page.css'))}; "
+        f"default-src 'none'; script-src {scripts}; style-src {source_hash(text_of('page.css'))}; "
         "style-src-attr 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
-
-
-def _source_hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-@cache
-def _text(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
 
 
 @cache
 def _library() -> str:
     # Its licence notes name two addresses; without the scheme the page holds nothing that looks like a reference.
-    return _text("vendor/cytoscape.min.js").replace("http://", "")
+    return text_of("vendor/cytoscape.min.js").replace("http://", "")
