@@ -67,10 +67,11 @@ class Registry(Mapping[str, T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
         assert self._package is not None
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self._package}.{module.name}")
         for entry in entry_points(group=f"circuitkit.{self.kind}s"):
             entry.load()
+        # Last, so that loading which was broken off begins again; modules that are in memory do not run twice.
+        self._loaded = True

@@ -215,7 +215,7 @@ def test_the_list_of_models_says_what_each_is(capsys):
         ("help eapig", "did you mean"),
         ("eval nowhere", "nowhere"),
         ("export nowhere.json out.graphml", "nowhere.json"),
-        ("view nowhere", "no circuit.html"),
+        ("view nowhere", "does not exist"),
         ("score induction/trained induction-letters --out /proc/circuitkit/s.safetensors", "cannot write"),
     ],
 )

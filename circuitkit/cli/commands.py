@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from circuitkit.cli.benchmark import benchmark
+from circuitkit.cli.graph import graph
 from circuitkit.errors import CircuitKitError
 from circuitkit.runs import arguments as arg
 
@@ -35,6 +36,7 @@ app.add_typer(benchmark, name="benchmark")
 
 # What is left over belongs to the method or the task, whose options are known only once they are loaded.
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("graph", context_settings=OPEN)(graph)
 
 
 def _print_version(wanted: bool) -> None:
@@ -68,7 +70,7 @@ def list_names(
         _json({kind: {name: {**e.facts(), "options": option_lines(e.thing)} for name, e in entries.items()}})
         return
     rows: list[tuple[str, ...]] = []
-    headings = (kind.removesuffix("s"), *(["for"] if kind == "methods" else []), "what it is")
+    headings = ("name", *(["for"] if kind == "methods" else []), "what it is")
     for name, entry in entries.items():
         takes = [", ".join(entry.families)] if kind == "methods" else []
         rows.append((name, *takes, entry.line))
@@ -101,6 +103,8 @@ def find(
     neurons: arg.Neurons = None,
     time: arg.Time = None,
     group: arg.Group = None,
+    dictionaries: arg.Dictionaries = None,
+    latents: arg.Latents = None,
     seed: arg.Seed = 0,
     batch_size: arg.BatchSize = "auto",
     budget: arg.Budget = None,
@@ -115,7 +119,8 @@ def find(
     from circuitkit.runs.request import Request, read_settings
     from circuitkit.runs.store import check_target, load_run, write_run
 
-    asked = {"model": model, "neurons": neurons, "time": time, "group": group, "n": n, "seed": seed}
+    asked: dict[str, Any] = {"model": model, "neurons": neurons, "time": time, "group": group, "n": n, "seed": seed}
+    asked |= {"dictionaries": dictionaries, "latents": latents}
     request = Request.read(context.args, task=task, method=method, metric=metric, **asked)
     settings = read_settings(batch_size, budget, progress)
     folder = check_target(out or Path("runs", "-".join((Path(model).name, task, method))))
@@ -140,6 +145,8 @@ def score(
     neurons: arg.Neurons = None,
     time: arg.Time = None,
     group: arg.Group = None,
+    dictionaries: arg.Dictionaries = None,
+    latents: arg.Latents = None,
     seed: arg.Seed = 0,
     batch_size: arg.BatchSize = "auto",
     budget: arg.Budget = None,
@@ -152,7 +159,8 @@ def score(
     from circuitkit.runs.store import check_file, write_scores
     from circuitkit.schema import jsonable
 
-    asked = {"model": model, "neurons": neurons, "time": time, "group": group, "n": n, "seed": seed}
+    asked: dict[str, Any] = {"model": model, "neurons": neurons, "time": time, "group": group, "n": n, "seed": seed}
+    asked |= {"dictionaries": dictionaries, "latents": latents}
     request = Request.read(context.args, task=task, method=method, metric=metric, **asked)
     settings = read_settings(batch_size, budget, progress)
     check_file(out)
@@ -173,6 +181,7 @@ def evaluate(
     metric: arg.Metric = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="How many pairs the task draws.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed: new pairs, new random circuits.")] = None,
+    dictionaries: arg.Dictionaries = None,
     batch_size: arg.BatchSize = "auto",
     budget: arg.Budget = None,
     progress: arg.Progress = True,
@@ -186,7 +195,8 @@ def evaluate(
 
     settings = read_settings(batch_size, budget, progress)
     path = circuit_file(circuit)
-    result, note = evaluate_again(path, model=model, task=task, metric=metric, n=n, seed=seed, **settings)
+    asked: dict[str, Any] = {"model": model, "task": task, "metric": metric, "n": n, "seed": seed}
+    result, note = evaluate_again(path, dictionaries=dictionaries, **asked, **settings)
     if as_json:
         _json({"circuit": str(path), "note": note, "result": {**result_to_dict(result), "verdict": result.verdict}})
     else:
@@ -200,12 +210,16 @@ def export(
     out: Annotated[Path, typer.Argument(help="The file to write; its suffix names the format.")],
     format: Annotated[str | None, typer.Option(help="A name from [bold]circuitkit list formats[/].")] = None,
 ) -> None:
-    """Write a circuit in another program's format."""
+    """Write a circuit, or a feature graph, in another program's format."""
     from circuitkit.circuit import Circuit
     from circuitkit.exporters.base import export as export_circuit
-    from circuitkit.runs.store import circuit_file
+    from circuitkit.exporters.feature_graph import export_graph_file
+    from circuitkit.runs.store import circuit_file, feature_graph_file
 
-    export_circuit(Circuit.load(circuit_file(circuit)), out, format=format)
+    if graph := feature_graph_file(circuit):
+        export_graph_file(graph, out, format=format)
+    else:
+        export_circuit(Circuit.load(circuit_file(circuit)), out, format=format)
     _out(Text(f"wrote {out}"))
 
 

@@ -18,6 +18,7 @@ the path, where the paper starts at its clean end; gradients of edges averaged a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -95,12 +96,37 @@ def strongest_latents(
     Raises:
         OptionError: if n is less than 1, the dictionary does not fit, or no latent is active.
     """
+    return strongest_of_each(
+        model, task, [dictionary], n, steps=steps, corrupt_value=corrupt_value, progress=progress
+    )[0]  # fmt: skip
+
+
+def strongest_of_each(
+    model: Model,
+    task: Task,
+    dictionaries: Sequence[Dictionary],
+    n: int,
+    *,
+    steps: int = 10,
+    corrupt_value: str = "counterfactual",
+    progress: bool = True,
+) -> list[list[int]]:
+    """`strongest_latents` of several dictionaries of different sites, from one pass over all of them.
+
+    Spliced in, a dictionary leaves the run as it is, so that none changes the effects of another's latents.
+
+    Raises:
+        OptionError: as `strongest_latents`.
+    """
     if type(n) is not int or n < 1:
         raise OptionError(f"got n = {n!r}, expected a whole number of at least 1")
-    active = {i for b in task.batches for side in (b.clean, b.corrupt) for i in active_latents(model, dictionary, side)}
-    spliced = splice(model, dictionary, latents=sorted(active), check=False)
+    spliced, names = model, list[dict[str, int]]()
+    for one in dictionaries:
+        inputs = (side for b in task.batches for side in (b.clean, b.corrupt))
+        active = {i for side in inputs for i in active_latents(model, one, side)}
+        spliced = splice(spliced, one, latents=sorted(active), check=False)
+        kind, layer = ("a" if one.writes[0].kind == "attn-out" else "m"), one.writes[0].layer
+        names.append({f"{kind}{layer}.f{i}": i for i in active})
     effects = node_effects(spliced, task, steps=steps, corrupt_value=corrupt_value, progress=progress)
-    kind, layer = ("a" if dictionary.writes[0].kind == "attn-out" else "m"), dictionary.writes[0].layer
-    of_latent = {f"{kind}{layer}.f{i}": i for i in active}
-    order = effects.values[:, 0].abs().argsort(descending=True).tolist()
-    return sorted([of_latent[effects.rows[row]] for row in order if effects.rows[row] in of_latent][:n])
+    order = [effects.rows[row] for row in effects.values[:, 0].abs().argsort(descending=True).tolist()]
+    return [sorted([own[name] for name in order if name in own][:n]) for own in names]

@@ -12,7 +12,7 @@ BatchSize = Annotated[str, typer.Option(help="Examples at a time: a number, or a
 Budget = Annotated[str | None, typer.Option(help="Memory that activations may take, such as 4GiB.")]
 Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
 Seed = Annotated[int, typer.Option(help="Seed of the task, the random circuits and the bootstrap.")]
-Kind = Literal["models", "tasks", "methods", "formats"]
+Kind = Literal["models", "tasks", "methods", "formats", "dictionaries"]
 ModelName = Annotated[
     str, typer.Argument(help="A name from [bold]circuitkit list models[/], a local folder or a hub id.")
 ]
@@ -29,6 +29,15 @@ Time = Annotated[
 ]
 Group = Annotated[
     Literal["unit", "gate", "layer", "direction"] | None, typer.Option(help="Recurrent networks: what a node is.")
+]
+Dictionaries = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dictionary", help="Splice in a dictionary, or a set of them: a name, a folder, a release/id. Repeatable."
+    ),
+]
+Latents = Annotated[
+    int | None, typer.Option(min=1, help="Latents of each dictionary that become nodes, those of largest effect; 20.")
 ]
 Edges = Annotated[
     int | None, typer.Option(min=1, help="How many edges the circuit may have; 100, or the method's own choice.")

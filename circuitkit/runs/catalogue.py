@@ -6,10 +6,13 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from circuitkit.errors import UnknownName
 from circuitkit.runs.options import description, options_of
+
+ONE_PROMPT = ("a prompt and dictionaries",)  # what the methods of `circuitkit graph` are for
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,17 @@ class Entry:
 
 
 def catalogue(kind: str) -> dict[str, Entry]:
-    """The names of one kind: ``models``, ``tasks``, ``methods`` or ``formats``."""
+    """The names of one kind: ``models``, ``tasks``, ``methods``, ``formats`` or ``dictionaries``."""
+    if kind == "dictionaries":
+        from circuitkit.dictionaries.zoo import dictionary_sets
+
+        return {name: Entry(_set_line(name)) for name in dictionary_sets()}
     if kind == "models":
         from circuitkit.models.zoo import zoo_names
 
         return {name: Entry(_model_line(name)) for name in zoo_names()}
     return {
-        name: Entry(_first_line(thing), thing, getattr(thing, "families", ()))
+        name: Entry(_first_line(thing), thing, getattr(thing, "families", ONE_PROMPT if kind == "methods" else ()))
         for name, thing in _registry(kind).items()
     }
 
@@ -50,13 +57,13 @@ def page(name: str) -> tuple[Callable[..., Any], str]:
         UnknownName: if neither has that name.
     """
     methods, tasks = _registry("methods"), _registry("tasks")
-    if name not in tasks or name in methods:
-        try:
-            thing = methods[name]
-        except UnknownName as error:
-            raise UnknownName(f"{error}; tasks: {', '.join(tasks)}") from error
-    else:
-        thing = tasks[name]
+    if name not in methods and name not in tasks:
+        near = get_close_matches(name, [*methods, *tasks], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise UnknownName(
+            f"unknown method or task {name!r}{hint} Known: {', '.join(methods)}; tasks: {', '.join(tasks)}"
+        )
+    thing = methods[name] if name in methods else tasks[name]
     own = inspect.getdoc(thing) or ""
     parts = (_first_line(thing), sys.modules[thing.__module__].__doc__ or "", description(own).partition("\n")[2])
     return thing, "\n\n".join((name, *(inspect.cleandoc(part) for part in parts if part.strip())))
@@ -67,7 +74,7 @@ def option_lines(thing: Callable[..., Any] | None) -> list[str]:
     if thing is None:
         return []
     lines = []
-    for option in options_of(thing).values():
+    for option in (one for one in options_of(thing).values() if one.can_be_typed):
         default = "required" if option.default is inspect.Parameter.empty else f"default {option.default}"
         meaning = f": {option.meaning}" if option.meaning else ""
         lines.append(f"{option.flag}  {option.expects} ({default}){meaning}")
@@ -76,9 +83,10 @@ def option_lines(thing: Callable[..., Any] | None) -> list[str]:
 
 def _registry(kind: str) -> Mapping[str, Any]:
     if kind == "methods":
+        from circuitkit.features.methods import FEATURE_METHODS
         from circuitkit.methods.base import METHODS
 
-        return METHODS
+        return {**METHODS, **FEATURE_METHODS}
     if kind == "tasks":
         from circuitkit.tasks.base import TASKS
 
@@ -91,6 +99,15 @@ def _registry(kind: str) -> Mapping[str, Any]:
 def _first_line(thing: Any) -> str:
     text = inspect.getdoc(thing) or sys.modules[thing.__module__].__doc__ or ""
     return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def _set_line(name: str) -> str:
+    from circuitkit.dictionaries.formats import load_dictionaries
+
+    found = load_dictionaries(name)
+    latents = " + ".join(str(one.coder.n_latents) for one in found)
+    kind = {"sae": "SAE", "clt": "cross-layer transcoder"}.get(found[0].kind, found[0].kind.replace("-", " "))
+    return f"{kind}, {found[0].read.kind} to {found[0].writes[0].kind}, {latents} latents"
 
 
 def _model_line(name: str) -> str:

@@ -25,6 +25,7 @@ class Manifest(BaseModel):
         time: how a recurrent network's time was cut; None for a transformer.
         steps: how long its windows are together, or None.
         group: what its nodes are, or None for a transformer.
+        dictionaries: names or paths of the dictionaries that were spliced in, where they were given so.
         n: pairs in the task.
         metric: the metric's name.
         method: the method's name.
@@ -36,6 +37,7 @@ class Manifest(BaseModel):
         versions: of Python and the packages.
         model_sha256: hash of the weights.
         data_sha256: hash of the pairs.
+        dictionaries_sha256: hashes of the dictionaries' weights and sites.
         files: hashes of the other files of the run.
     """
 
@@ -48,6 +50,7 @@ class Manifest(BaseModel):
     time: str | None = None
     steps: int | None = None
     group: str | None = None
+    dictionaries: tuple[str, ...] = ()
     n: int
     metric: str
     method: str
@@ -59,6 +62,7 @@ class Manifest(BaseModel):
     versions: dict[str, str] = {}
     model_sha256: str
     data_sha256: str
+    dictionaries_sha256: tuple[str, ...] = ()
     files: dict[str, str] = {}
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from circuitkit.errors import OptionError
 
+TYPED = (int, float, str, bool, Path, Any, inspect.Parameter.empty)
 # What the verbs themselves take: never an option of one method or task.
 COMMON = frozenset({"plan", "n", "seed", "batch_size", "budget", "progress"})
 
@@ -41,6 +42,12 @@ class Option:
     def flag(self) -> str:
         """What a user types."""
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def can_be_typed(self) -> bool:
+        """Whether a user can give it as text; what only Python can give (a function) is left out of help."""
+        kinds = get_args(self.kind) if _is_union(self.kind) else (self.kind,)
+        return any(kind in TYPED or get_origin(kind) is Literal for kind in kinds)
 
     @property
     def expects(self) -> str:

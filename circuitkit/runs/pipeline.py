@@ -16,7 +16,7 @@ from circuitkit.models.base import load
 from circuitkit.models.hooked import Model
 from circuitkit.models.neurons import group_size
 from circuitkit.models.views import view_in
-from circuitkit.runs.provenance import data_sha256, model_sha256, versions
+from circuitkit.runs.provenance import data_sha256, dictionary_sha256, model_sha256, versions
 from circuitkit.scores import Scores
 from circuitkit.tasks.base import Batch, Task, make
 
@@ -123,6 +123,7 @@ def _where_from(model: Model, task: Task, scores: Scores) -> dict[str, Any]:
         "versions": versions(),
         "model_sha256": model_sha256(model.module),
         "data_sha256": data_sha256(task),
+        "dictionaries_sha256": [dictionary_sha256(one.dictionary) for one in getattr(model, "splices", ())],
         "example": _example(model, task.batches[0]),
     }
 

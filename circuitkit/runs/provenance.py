@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from circuitkit.dictionaries.base import Dictionary
 from circuitkit.tasks.base import Task
 
 PACKAGES = ("circuitkit-discovery", "torch", "transformer-lens", "transformers", "numpy")
@@ -37,6 +38,13 @@ def model_sha256(module: nn.Module) -> str:
     weights = [weight for weight in module.parameters() if not weight.is_meta and bool(weight.any())]
     digests = sorted({_sha256([("weight", weight)]) for weight in weights})
     return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def dictionary_sha256(dictionary: Dictionary) -> str:
+    """Hash of a dictionary's weights, kind and sites."""
+    coder = dictionary.coder
+    about = f"{coder.activation} {coder.k} {coder.subtract_b_dec} {dictionary.read} {dictionary.writes}"
+    return _sha256([("about", about), *sorted(coder.state_dict().items())])
 
 
 def data_sha256(task: Task) -> str:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from circuitkit.features.graph import FeatureGraph
+from circuitkit.features.running import MODES
 from circuitkit.result import NodeScores, Result
 
 if TYPE_CHECKING:
     from circuitkit.circuit import Circuit
+    from circuitkit.runs.feature_run import FeatureRun
     from circuitkit.scores import Scores
 
 WIDTH, MOST_ROWS, MOST_CELLS = 80, 40, 20  # of a table of components
@@ -35,6 +38,58 @@ def circuit_table(circuit: Circuit, folder: Path | None) -> Table:
         _add(table, "run folder", shown(folder))
         _add(table, "page to open", shown(folder / "circuit.html"))
     return table
+
+
+def graph_table(run: FeatureRun, folder: Path) -> Table:
+    """A feature graph, what it was measured to be worth, and the strongest direct effects on what it explains."""
+    graph, kept, tested = run.graph, run.faithfulness, run.verification
+    table = Table(
+        title=Text(f"{run.meta['method']} in {graph.model}"), title_justify="left", show_header=False, box=None,
+        padding=(0, 2, 0, 0),
+    )  # fmt: skip
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    _add(table, "nodes", f"{len(graph):,} of {run.whole[0]:,}")
+    _add(table, "edges", f"{graph.n_edges:,} of {run.whole[1]:,}")
+    if run.meta["method"] == "attribution-graph":
+        scores = f"replacement score {graph.replacement_score:.3f}, completeness score {graph.completeness_score:.3f}"
+        _add(table, "by the graph", scores)
+    elif not isinstance(run.found, FeatureGraph):
+        _add(table, "found", str(run.found))
+        _add(table, "strongest", "\n".join(run.strongest()))
+    if kept is not None:
+        random = kept.random_faithfulness
+        beside = f"; random circuits {min(random):.3f} to {max(random):.3f}" if random else ""
+        said = "undefined" if kept.faithfulness is None else f"{kept.faithfulness:.3f}{beside}"
+        _add(table, "faithfulness", f"{said}  (latents outside set to zero, errors kept)")
+        left = "undefined" if kept.completeness is None else f"{kept.completeness:.3f}"
+        _add(table, "completeness", f"{left}  (what is left with the latents inside set to zero; 0 is best)")
+        _add(table, "verdict", kept.verdict)
+    if tested is not None:
+        agreed = ", ".join(f"{m} {tested.edges.spearman(m):.2f} / {tested.edges.r_squared(m):.2f}" for m in MODES)
+        _add(table, "edges ablated", f"Spearman / R2 of predicted and measured: {agreed}")
+    _add(table, "seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in run.meta["seconds"].items()))
+    for target, effects in strongest_effects(graph):
+        _add(table, f"into {target}", "\n".join(f"{name}  {effect:+.3g}" for name, effect in effects))
+    _add(table, "folder", shown(folder))
+    _add(table, "page to open", shown(folder / "graph.html"))
+    return table
+
+
+def strongest_effects(
+    graph: FeatureGraph, targets: int = 2, most: int = 5
+) -> list[tuple[str, list[tuple[str, float]]]]:
+    """The strongest direct effects on what weighs most among the graph's targets."""
+    found = []
+    rows = graph.targets.tolist()
+    for number in graph.weights.argsort(descending=True).tolist()[:targets]:
+        if graph.weights[number] <= 0 or number not in rows:
+            continue
+        row = graph.effects[rows.index(number)]
+        order = row.abs().argsort(descending=True).tolist()[:most]
+        effects = [(graph.label(i), float(row[i])) for i in order if row[i] != 0]
+        found.append((graph.label(number), effects))
+    return found
 
 
 def result_table(result: Result, title: str) -> Table:

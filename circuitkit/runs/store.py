@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from circuitkit.scores import Scores
 
 CIRCUIT, SCORES, RESULT, PAGE = "circuit.json", "scores.safetensors", "result.json", "circuit.html"
 FILES = (CIRCUIT, SCORES, RESULT, PAGE)
+GRAPH, GRAPH_PAGE, REPORT = "graph.json", "graph.html", "report.json"
+GRAPH_FILES = (GRAPH, GRAPH_PAGE, REPORT)
 _ORPHAN_SECONDS = 3600.0
 
 
@@ -57,8 +60,8 @@ class RunFolder:
         return self.path / PAGE
 
 
-def check_target(path: str | Path) -> Path:
-    """The folder a run may be written to, as an absolute path. Call it before computing.
+def check_target(path: str | Path, files: Sequence[str] = FILES) -> Path:
+    """The folder a run of some files may be written to, as an absolute path. Call it before computing.
 
     Raises:
         OptionError: if something that is not a run is there, or nothing can be written there.
@@ -68,7 +71,7 @@ def check_target(path: str | Path) -> Path:
     if target.exists() and not target.is_dir():
         raise OptionError(f"{path} is a file; a run needs a folder of its own, so give another name")
     if target.is_dir():
-        strangers = sorted(entry.name for entry in target.iterdir() if entry.name not in FILES)
+        strangers = sorted(entry.name for entry in target.iterdir() if entry.name not in files)
         if strangers:
             raise OptionError(
                 f"{path} holds files that are not a run's ({', '.join(strangers[:3])}); "
@@ -93,20 +96,31 @@ def write_run(path: str | Path, circuit: Circuit) -> Path:
     """
     if circuit.scores is None or circuit.result is None:
         raise OptionError("this circuit has no scores or no result, so it is no run; make it with circuitkit.find")
-    target = check_target(path)
-    fresh = Path(_temporary(target))
-    try:
+    with fresh_folder(path) as fresh:
         circuit.save(fresh / CIRCUIT)
         circuit.scores.save(fresh / SCORES)
         circuit.to_html(fresh / PAGE)
         hashes = {name: _sha256(fresh / name) for name in (CIRCUIT, SCORES, PAGE)}
         save_result(circuit.result, fresh / RESULT, provenance=manifest_of(circuit, hashes).model_dump())
+    return Path(path).expanduser().resolve()
+
+
+@contextlib.contextmanager
+def fresh_folder(path: str | Path, files: Sequence[str] = FILES) -> Iterator[Path]:
+    """A folder to fill, which takes the place of the run that may be there when all went well, and vanishes if not.
+
+    Raises:
+        OptionError: if the folder cannot be used.
+    """
+    target = check_target(path, files)
+    fresh = Path(_temporary(target))
+    try:
+        yield fresh
         _swap(fresh, target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         _recover(target)
         raise
-    return target
 
 
 def load_run(path: str | Path) -> RunFolder:
@@ -136,13 +150,25 @@ def circuit_file(path: str | Path) -> Path:
     return Path(path) / CIRCUIT if Path(path).is_dir() else Path(path)
 
 
+def feature_graph_file(path: str | Path) -> Path | None:
+    """The file of a feature graph that a user means by a folder or by the file itself; None if it is a circuit's."""
+    file = Path(path) / GRAPH if Path(path).is_dir() else Path(path)
+    if not file.is_file() or Path(path, CIRCUIT).is_file():
+        return None
+    return file if file.suffix == ".json" and '"links"' in file.read_text(encoding="utf-8", errors="ignore") else None
+
+
 def page_of(path: str | Path) -> Path:
     """The page of a run. Raises FormatError if there is none."""
     folder = circuit_file(path).parent
-    page = (folder / PAGE).resolve()
-    if not page.is_file():
-        raise FormatError(f"no {PAGE} in {folder}; give a folder that circuitkit find --out wrote")
-    return page
+    for page in (folder / PAGE, folder / GRAPH_PAGE):
+        if page.is_file():
+            return page.resolve()
+    if not Path(path).exists():
+        raise FormatError(f"{path} does not exist; give a folder that circuitkit find --out or circuitkit graph wrote")
+    if feature_graph_file(path):
+        raise FormatError(f"{path} is a graph's file; make its page with: circuitkit export {path} page.html")
+    raise FormatError(f"no {PAGE} in {folder}; give a folder that circuitkit find --out or circuitkit graph wrote")
 
 
 def write_scores(path: str | Path, scores: Scores | NodeScores) -> None:
