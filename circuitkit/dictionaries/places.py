@@ -27,6 +27,18 @@ INSTEAD = {
 INSTEAD["resid-post"] = INSTEAD["resid-pre"]
 
 
+STEMS = {"attn-out": "a", "mlp-out": "m"}
+
+
+def stem_of(site: Site) -> str:
+    """How the latents spliced in at a site begin: ``a2`` of what attention writes in layer 2, ``m2`` of its MLP.
+
+    >>> stem_of(Site("attn-out", 2)), stem_of(Site("mlp-out", 0))
+    ('a2', 'm0')
+    """
+    return f"{STEMS.get(site.kind, site.kind)}{site.layer}"
+
+
 @dataclass(frozen=True, eq=False)
 class Place:
     """Where a dictionary is spliced in.

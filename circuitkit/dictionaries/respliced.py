@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from circuitkit.dictionaries.base import Dictionary
+from circuitkit.dictionaries.places import stem_of
 from circuitkit.dictionaries.splice import splice
 from circuitkit.errors import OptionError
 from circuitkit.graph import Graph
 from circuitkit.models.hooked import Model
-
-STEMS = {"attn-out": "a", "mlp-out": "m"}
 
 
 def spliced_like(model: Model, dictionaries: Sequence[Dictionary], graph: Graph) -> Model:
@@ -34,7 +33,7 @@ def spliced_like(model: Model, dictionaries: Sequence[Dictionary], graph: Graph)
         if node.kind == "latent":
             stem, _, number = node.name.rpartition(".f")
             wanted.setdefault(stem, []).append(int(number))
-    given = {f"{STEMS.get(d.writes[0].kind, d.writes[0].kind)}{d.writes[0].layer}": d for d in dictionaries}
+    given = {stem_of(d.writes[0]): d for d in dictionaries}
     if missing := sorted(set(wanted) - set(given)):
         raise OptionError(
             f"the circuit has latents of {', '.join(missing)}, and no dictionary there is given; name it with "

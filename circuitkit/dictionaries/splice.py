@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuitkit.dictionaries.base import Dictionary
-from circuitkit.dictionaries.places import Place, place_of
+from circuitkit.dictionaries.places import Place, place_of, stem_of
 from circuitkit.dictionaries.sites import activations, check_fits
 from circuitkit.dictionaries.sparse_coder import ACTIVATIONS, SparseCoder
 from circuitkit.errors import OptionError
@@ -274,7 +274,7 @@ def _feed_own(feeds: Tensor, column: int, row: int, one: Splice) -> None:
 
 
 def _nodes(whole: Node, one: Splice) -> list[Node]:
-    stem = f"{'a' if one.place.site.kind == 'attn-out' else 'm'}{whole.layer}"
+    stem = stem_of(one.place.site)
     found = [Node(f"{stem}.f{i}", "latent", whole.layer, whole.stage, i) for i in one.chosen]
     return [*found, Node(f"{stem}.error", "error", whole.layer, whole.stage)]
 

@@ -163,13 +163,7 @@ def verify(
     sources = sorted({*nodes, *(source for _, source in top + random)})
     runs = [[FeatureIntervention(graph.nodes[source].name, 0.0)] for source in sources]
     wanted = list(dict.fromkeys(int(graph.targets[row]) for row, _ in top + random))
-    edges, finals = dict[str, Tensor](), dict[str, Tensor]()
-    for mode in MODES:
-        of_edges, of_final = list[Tensor](), list[Tensor]()
-        for passed in passes(running, runs, mode, watch=readout.sites, budget=parse_bytes(budget)):
-            of_edges.append(-torch.stack([rows[t](passed, mode) for t in wanted], 1))
-            of_final.append(-readout.moved(passed, mode))
-        edges[mode], finals[mode] = torch.cat(of_edges), torch.cat(of_final)
+    edges, finals = _measured(running, readout, runs, [rows[t] for t in wanted], parse_bytes(budget))
     at, column = {source: i for i, source in enumerate(sources)}, {target: i for i, target in enumerate(wanted)}
 
     starts = torch.nn.functional.one_hot(torch.tensor(wanted, device=totals.device), len(graph))
@@ -195,6 +189,24 @@ def verify(
         checked(top), checked(random), checked(top, True), strongest, graph.replacement_score,
         graph.completeness_score, graph.model, len(graph.tokens), seed,
     )  # fmt: skip
+
+
+def _measured(
+    running: Running,
+    readout: Readout,
+    runs: Sequence[Sequence[FeatureIntervention]],
+    watched: Sequence[Moved],
+    budget: int | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What each watched target, and what is explained, lost in each run, by mode."""
+    edges, finals = dict[str, Tensor](), dict[str, Tensor]()
+    for mode in MODES:
+        of_edges, of_final = list[Tensor](), list[Tensor]()
+        for passed in passes(running, runs, mode, watch=readout.sites, budget=budget):
+            of_edges.append(-torch.stack([moved(passed, mode) for moved in watched], 1))
+            of_final.append(-readout.moved(passed, mode))
+        edges[mode], finals[mode] = torch.cat(of_edges), torch.cat(of_final)
+    return edges, finals
 
 
 def running_of(

@@ -24,6 +24,7 @@ from dataclasses import replace
 import torch
 
 from circuitkit.dictionaries.base import Dictionary
+from circuitkit.dictionaries.places import stem_of
 from circuitkit.dictionaries.splice import active_latents, splice
 from circuitkit.errors import OptionError
 from circuitkit.functional.attribution import quadrature
@@ -125,8 +126,7 @@ def strongest_of_each(
         inputs = (side for b in task.batches for side in (b.clean, b.corrupt))
         active = {i for side in inputs for i in active_latents(model, one, side)}
         spliced = splice(spliced, one, latents=sorted(active), check=False)
-        kind, layer = ("a" if one.writes[0].kind == "attn-out" else "m"), one.writes[0].layer
-        names.append({f"{kind}{layer}.f{i}": i for i in active})
+        names.append({f"{stem_of(one.writes[0])}.f{i}": i for i in active})
     effects = node_effects(spliced, task, steps=steps, corrupt_value=corrupt_value, progress=progress)
     order = [effects.rows[row] for row in effects.values[:, 0].abs().argsort(descending=True).tolist()]
     return [sorted([own[name] for name in order if name in own][:n]) for own in names]
